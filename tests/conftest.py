@@ -1,0 +1,166 @@
+"""What the tests share: a dashboard, settings, a clock that obeys, and a real agent process."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from dashboard import Dashboard
+
+import tinomail_agent as agent
+
+ROOT = Path(__file__).resolve().parent.parent
+KEY = "s3cret$with#odd'chars"
+
+
+def make_config(url: str = "http://127.0.0.1:9", **settings: Any) -> agent.Config:
+    """Return a Config as from these settings (upper or lower case), the defaults aside."""
+    environ = {"DASHBOARD_URL": url, "API_KEY": KEY, "NODE_ID": "mta-01"}
+    environ |= {name.upper(): str(value) for name, value in settings.items()}
+    return agent.load_config(environ, os.devnull)
+
+
+class FakeClock:
+    """A monotonic clock and a wall clock that move only when told to."""
+
+    def __init__(self) -> None:
+        self.elapsed = 1000.0
+        self.wall = 1_750_000_000.0
+
+    def monotonic(self) -> float:
+        return self.elapsed
+
+    def time(self) -> float:
+        return self.wall
+
+    def advance(self, seconds: float) -> None:
+        self.elapsed += seconds
+        self.wall += seconds
+
+
+def eventually(
+    condition: Callable[[], Any], limit_s: float = 15.0, what: str = "", step_s: float = 0.02
+) -> Any:
+    """Return the condition's value as soon as it is true; fail when the time is over."""
+    deadline = time.monotonic() + limit_s
+    while time.monotonic() < deadline:
+        if value := condition():
+            return value
+        time.sleep(step_s)
+    value = condition()
+    assert value, f"not within {limit_s} s: {what or condition}"
+    return value
+
+
+class AgentProcess:
+    """The agent as a process of its own, with what it logs."""
+
+    def __init__(self, log_file: Path, environ: dict[str, str], args: list[str]) -> None:
+        self._log_file = log_file
+        with log_file.open("wb") as stream:
+            self.process = subprocess.Popen(
+                [sys.executable, *args], env=environ, stdout=stream, stderr=stream,
+                cwd=log_file.parent,
+            )
+
+    @property
+    def output(self) -> str:
+        return self._log_file.read_text("utf-8", "replace")
+
+    def lines(self, pattern: str) -> list[str]:
+        return [line for line in self.output.splitlines() if re.search(pattern, line)]
+
+    def stop(self, limit_s: float = 10.0) -> int:
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGTERM)
+        return self.process.wait(limit_s)
+
+    def counters(self) -> dict[str, int]:
+        """Return what the last line says, after the end: {"sampled": 12, ...}."""
+        line = self.lines("stopped: ")[-1]
+        return {name: int(count) for count, name in re.findall(r"(\d+) (\w+)", line.split(": ")[1])}
+
+
+@pytest.fixture
+def deaf_port() -> Iterator[int]:
+    """A port whose accept queue is full: a connect gets no answer."""
+    with socket.create_server(("127.0.0.1", 0), backlog=0) as listener:
+        address = listener.getsockname()
+        clients = [socket.socket() for _ in range(4)]
+        for client in clients:
+            client.setblocking(False)
+            client.connect_ex(address)
+        time.sleep(0.2)
+        yield address[1]
+        for client in clients:
+            client.close()
+
+
+StartAgent = Callable[..., AgentProcess]
+
+# An agent whose times are a fraction of the real ones, so that an outage lasts seconds.
+FAST_AGENT = """
+import dataclasses, os, sys
+import tinomail_agent as a
+a.BACKOFF_S = (0.1, 0.2, 0.4)
+a.PRIME_S = 0.1
+a.Transport.post.__defaults__ = a.Sender._post.__defaults__ = (0.5,)  # the deadline
+config = a.load_config(os.environ, os.devnull)
+a.set_up_logging(config.log_level, config.api_key, os.environ)
+config = dataclasses.replace(config, heartbeat_interval=int(sys.argv[1]))
+sys.exit(a.Agent(config, os.environ).run())
+"""
+
+
+@pytest.fixture
+def dashboard() -> Iterator[Dashboard]:
+    with Dashboard(KEY) as server:
+        yield server
+
+
+@pytest.fixture
+def start_agent(tmp_path: Path) -> Iterator[StartAgent]:
+    """Start agents; what still runs at the end is killed."""
+    with running_agents(tmp_path) as start:
+        yield start
+
+
+@contextlib.contextmanager
+def running_agents(folder: Path) -> Iterator[StartAgent]:
+    started: list[AgentProcess] = []
+
+    def start(
+        url: str, *args: str, heartbeat_ms: int | None = None, **settings: str
+    ) -> AgentProcess:
+        """With heartbeat_ms, a fast agent; else the real one, with a heartbeat of 1 s."""
+        environ = {
+            "PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT), "DASHBOARD_URL": url,
+            "API_KEY": KEY, "NODE_ID": "mta-01", "HEARTBEAT_INTERVAL": "1000",
+            "NODE_ROLE": "haraka",  # auto would follow the daemons of the machine
+            **settings,
+        }
+        if heartbeat_ms:
+            command = ["-c", FAST_AGENT, str(heartbeat_ms)]
+        else:
+            command = [str(ROOT / "tinomail_agent.py"), *args]
+        one = AgentProcess(folder / f"agent-{len(started)}.log", environ, command)
+        started.append(one)
+        return one
+
+    try:
+        yield start
+    finally:
+        for one in started:
+            if one.process.poll() is None:
+                one.process.kill()
+                one.process.wait(10)

@@ -1,0 +1,386 @@
+"""The agent as a process of its own, against a real dashboard that misbehaves."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from datetime import datetime
+from functools import partial
+from pathlib import Path
+
+import pytest
+from conftest import KEY, AgentProcess, StartAgent, eventually, running_agents
+from dashboard import ANSWERS, MODES, Dashboard
+
+import tinomail_agent as agent
+
+# --- a life without trouble
+
+
+def test_from_start_to_stop(dashboard: Dashboard, start_agent: StartAgent) -> None:
+    process = start_agent(dashboard.url)
+    eventually(lambda: len(dashboard.stored()) >= 3)
+    process.process.send_signal(signal.SIGUSR1)
+    eventually(lambda: process.lines(r"INFO +\d+ sampled, \d+ delivered"))
+    assert process.stop() == 0
+    lines = [line.split(" ", 2)[2] for line in process.output.splitlines()]
+    assert lines[0].startswith(f"INFO     TinoMail agent {agent.VERSION} started: node mta-01, ")
+    assert lines[1].startswith("INFO     registered as mta-01 (role ")
+    assert lines[-1].startswith("INFO     stopped: ")
+    assert len(lines) == 4  # a steady state is silent
+    counters = process.counters()
+    assert counters["delivered"] == counters["sampled"] == len(dashboard.stored())
+    assert dashboard.connections == 1
+    [row] = dashboard.query("SELECT node_id, ip, role FROM nodes")
+    assert row == ("mta-01", "127.0.0.1", "haraka")
+
+
+def test_a_restart_of_the_dashboard_that_forgets_the_node(
+    dashboard: Dashboard, start_agent: StartAgent
+) -> None:
+    process = start_agent(dashboard.url)
+    eventually(dashboard.stored)
+    dashboard.forget_nodes()
+    count = len(dashboard.stored())
+    eventually(lambda: len(dashboard.stored()) >= count + 2)
+    assert process.stop() == 0
+    assert dashboard.query("SELECT registrations FROM nodes") == [(1,)]
+    assert process.counters()["delivered"] == len(dashboard.stored())
+    assert process.lines("WARNING") == []
+
+
+def test_a_daemon_that_starts_after_the_agent(
+    dashboard: Dashboard, start_agent: StartAgent, tmp_path: Path
+) -> None:
+    """The role is looked at with every sample; a change registers again and changes the ports."""
+    process = start_agent(dashboard.url, NODE_ROLE="auto")
+    eventually(dashboard.stored)
+    child = subprocess.Popen(["rspamd", "60"], executable=_renamed_sleep(tmp_path, "rspamd"))
+    try:
+        role = eventually(
+            lambda: dashboard.query("SELECT role FROM nodes WHERE role = 'rspamd'"), 15
+        )
+        assert role == [("rspamd",)]
+        eventually(
+            lambda: dashboard.query(
+                "SELECT 1 FROM metrics_system WHERE services = '{\"port_11334\": false}'"
+            ), 15,
+        )
+    finally:
+        child.kill()
+        child.wait()
+    assert process.stop() == 0
+    assert "(role rspamd," in process.lines("registered as")[-1]
+
+
+def _renamed_sleep(folder: Path, name: str) -> str:
+    """Return a copy of sleep(1) under a daemon's name: its comm is what the agent goes by."""
+    copy = folder / name
+    copy.write_bytes(Path("/bin/sleep").read_bytes())
+    copy.chmod(0o755)
+    return str(copy)
+
+
+# --- outages
+
+
+def test_down_at_the_start_for_five_heartbeats(start_agent: StartAgent) -> None:
+    with Dashboard(KEY) as server:
+        server.fault = "refuse"
+        process = start_agent(server.url)
+        eventually(lambda: process.lines("not delivered .* connection refused"))
+        time.sleep(5)
+        server.fault = "off"
+        eventually(lambda: len(server.stored()) >= 6)
+        assert process.stop() == 0
+        stored, counters = server.stored(), process.counters()
+    assert counters["sampled"] == counters["delivered"] == len(stored)
+    newest = stored[0]
+    old = sorted(stamp for stamp in stored if stamp < newest)
+    assert len(old) >= 5
+    assert stored[1:] == old + sorted(stamp for stamp in stored if stamp > newest)
+    assert_on_time(sorted(stored), 1.0)
+    assert len(process.lines("WARNING")) == 1 and len(process.lines("delivering again")) == 1
+
+
+def test_down_for_130_heartbeats(start_agent: StartAgent) -> None:
+    """A fast agent: 130 heartbeats of 50 ms. The newest 100 are kept, the rest is counted."""
+    with Dashboard(KEY) as server:
+        process = start_agent(server.url, heartbeat_ms=50)
+        eventually(lambda: len(server.stored()) >= 3)
+        server.fault = "refuse"
+        before = len(server.stored())
+        time.sleep(130 * 0.05 + 1)
+        server.fault = "off"
+        eventually(lambda: len(server.stored()) >= before + 100)
+        assert process.stop() == 0
+        stored, counters = server.stored(), process.counters()
+    assert counters["dropped"] >= 20
+    assert counters["delivered"] == len(stored) == len(set(stored))
+    assert counters["sampled"] == counters["delivered"] + counters["dropped"] + counters["waiting"]
+    assert len(process.lines("dropped .BUFFER_SIZE=100")) == 1
+
+
+def epoch_s(stamp: str) -> float:
+    return datetime.strptime(stamp, "%Y-%m-%dT%H:%M:%S.%fZ").timestamp()
+
+
+def assert_on_time(stamps: list[str], interval_s: float) -> None:
+    """Samples were taken at every tick: none missing, none late by half an interval."""
+    times = [epoch_s(stamp) for stamp in stamps]
+    for index, taken in enumerate(times):
+        assert taken - times[0] == pytest.approx(index * interval_s, abs=interval_s / 2)
+
+
+# --- every misbehaviour
+
+
+@dataclass
+class Outcome:
+    process: AgentProcess
+    stored: list[str]
+    posts: int
+    registrations: int
+    counters: dict[str, int]
+
+
+BEAT_S = 0.5
+FAULT_S = 6.0
+WARNS = {
+    "refuse": "connection refused",
+    "hang": "no complete answer in time",
+    "drip": "no complete answer in time",
+    "drip-headers": "no complete answer in time",
+    "reset": "closed before the answer was complete",
+    "half": "closed before the answer was complete",
+    "401": "answered 401: the dashboard does not accept API_KEY",
+    "403": "answered 403",
+    "404": "answered 404",
+    "429": "answered 429",
+    "429-date": "answered 429",
+    "500": "answered 500",
+    "503": "answered 503",
+    "html": "a web page answered",
+    "redirect": "answered 301, a redirect",
+    "unsuccessful": "answered 200 without success",
+}
+REFUSES = ("400", "422")
+TAKES = ("409", "huge")  # the stand-in does not store what it answers like this
+
+
+def has_stored(server: Dashboard, count: int) -> bool:
+    return len(server.stored()) >= count
+
+
+def caught_up(server: Dashboard, since: str) -> bool:
+    """Tell whether samples of now arrive, from an agent with which nothing waits."""
+    idle = "SELECT 1 FROM metrics_system WHERE timestamp > ? AND agent LIKE ?"
+    return bool(server.query(idle, since, '%"buffered": 0,%'))
+
+
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Outcome]:
+    """Run a fast agent through each misbehaviour, all at once: well, ill for 4 s, well again."""
+    modes = [mode for mode in MODES if mode not in ("off", "poison")]
+    servers = {mode: Dashboard(KEY) for mode in modes}
+    found = {}
+    with running_agents(tmp_path_factory.mktemp("outcomes")) as start:
+        for server in servers.values():
+            server.fault_scope = "/metrics/system"
+            server.__enter__()
+        try:
+            processes = {
+                mode: start(server.url, heartbeat_ms=int(BEAT_S * 1000), CHECK_PORTS="1")
+                for mode, server in servers.items()
+            }
+            for server in servers.values():
+                eventually(partial(has_stored, server, 3), 60)
+            at_start = {mode: len(server.posts) for mode, server in servers.items()}
+            for mode, server in servers.items():
+                server.fault = mode
+            time.sleep(FAULT_S)
+            seen = {mode: len(server.posts) - at_start[mode] for mode, server in servers.items()}
+            for server in servers.values():
+                server.fault = "off"
+            well_again = agent.iso_utc(time.time())
+            for mode in modes:
+                eventually(partial(caught_up, servers[mode], well_again), 40, mode)
+            for mode, server in servers.items():
+                assert processes[mode].stop() == 0, mode
+                nodes = server.query("SELECT registrations FROM nodes")[0][0]
+                found[mode] = Outcome(
+                    processes[mode], server.stored(), seen[mode], nodes,
+                    processes[mode].counters(),
+                )
+        finally:
+            for server in servers.values():
+                server.__exit__()
+    return found
+
+
+@pytest.mark.parametrize("mode", WARNS)
+def test_nothing_is_lost(mode: str, outcomes: dict[str, Outcome]) -> None:
+    one = outcomes[mode]
+    assert one.counters["sampled"] == one.counters["delivered"]
+    assert len(one.stored) == len(set(one.stored)) == one.counters["sampled"]
+    # What hangs or drips never delays a sample: no gap in an outage of 12 heartbeats is longer
+    # than what twenty agents on one machine do to each other.
+    times = [epoch_s(stamp) for stamp in sorted(one.stored)]
+    assert max(b - a for a, b in itertools.pairwise(times)) < 4 * BEAT_S
+
+
+@pytest.mark.parametrize("mode", WARNS)
+def test_one_line_per_change_of_state(mode: str, outcomes: dict[str, Outcome]) -> None:
+    process = outcomes[mode].process
+    [line] = process.lines("WARNING")
+    assert "not delivered (up to 100 samples are kept): " in line and WARNS[mode] in line
+    assert len(process.lines("delivering again after")) == 1
+    assert process.lines("Traceback|ERROR|CRITICAL") == []
+
+
+@pytest.mark.parametrize("mode", REFUSES)
+def test_refusals(mode: str, outcomes: dict[str, Outcome]) -> None:
+    one = outcomes[mode]
+    assert one.counters["refused"] == len(one.process.lines("refused for good")) >= 5
+    assert one.counters["sampled"] == one.counters["delivered"] + one.counters["refused"]
+    assert len(one.stored) == one.counters["delivered"]
+
+
+@pytest.mark.parametrize("mode", TAKES)
+def test_what_counts_as_delivered(mode: str, outcomes: dict[str, Outcome]) -> None:
+    one = outcomes[mode]
+    assert one.counters["sampled"] == one.counters["delivered"] > len(one.stored)
+    assert one.process.lines("WARNING") == []
+
+
+def test_registration_is_tried_again_only_for_an_unknown_node(
+    outcomes: dict[str, Outcome],
+) -> None:
+    assert outcomes["404"].registrations > 1
+    others = {m: o.registrations for m, o in outcomes.items() if m != "404"}
+    assert set(others.values()) == {1}, others
+
+
+def test_retry_after_is_kept_to(outcomes: dict[str, Outcome]) -> None:
+    for mode in ("429", "429-date"):  # 3 s: at 0, 3 and 6 s
+        assert outcomes[mode].posts <= 3
+    assert outcomes["500"].posts > 6
+
+
+def test_every_mode_is_covered() -> None:
+    assert {*WARNS, *REFUSES, *TAKES} == set(MODES) - {"off", "poison"}
+    assert set(ANSWERS) <= set(MODES)
+
+
+def test_a_poison_sample_does_not_block_the_others(
+    dashboard: Dashboard, start_agent: StartAgent
+) -> None:
+    process = start_agent(dashboard.url, heartbeat_ms=200, CHECK_PORTS="1")
+    eventually(lambda: len(dashboard.stored()) >= 2)
+    dashboard.fault = "500"
+    failed = eventually(lambda: [p.body["timestamp"] for p in dashboard.posts if p.status == 500])
+    dashboard.poison, dashboard.fault = failed[0], "poison"
+    eventually(lambda: process.lines("refused for good .1 so far.: answered 500"))
+    assert process.stop() == 0
+    counters = process.counters()
+    assert (counters["refused"], counters["waiting"], counters["dropped"]) == (1, 0, 0)
+    assert dashboard.poison not in dashboard.stored()
+    assert len(dashboard.stored()) == counters["sampled"] - 1
+
+
+# --- the end
+
+
+@pytest.mark.parametrize("state", ["idle", "hanging", "backing off", "starting"])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_stop(
+    state: str, number: signal.Signals, dashboard: Dashboard, start_agent: StartAgent
+) -> None:
+    process = start_agent(dashboard.url)
+    if state == "starting":
+        eventually(lambda: process.lines("started: "))
+    else:
+        eventually(dashboard.stored)
+    if state == "hanging":
+        dashboard.fault = "hang"
+        count = len(dashboard.posts)
+        eventually(lambda: len(dashboard.posts) > count)
+    elif state == "backing off":
+        dashboard.fault = "500"
+        eventually(lambda: sum(post.status == 500 for post in dashboard.posts) >= 2)
+    started = time.monotonic()
+    process.process.send_signal(number)
+    assert process.process.wait(10) == 0
+    assert time.monotonic() - started < 6
+    assert process.lines("stopped: ")
+    assert process.lines("Traceback|Fatal|Exception") == []
+    if state == "idle":  # the sample under way, if there was one, is delivered as well
+        assert process.counters()["delivered"] == process.counters()["sampled"]
+
+
+def test_what_waits_is_flushed_at_the_stop(
+    dashboard: Dashboard, start_agent: StartAgent
+) -> None:
+    process = start_agent(dashboard.url)
+    eventually(dashboard.stored)
+    dashboard.fault = "500"
+    eventually(lambda: sum(post.status == 500 for post in dashboard.posts) >= 2)
+    dashboard.fault = "off"
+    assert process.stop() == 0
+    counters = process.counters()
+    assert counters["delivered"] == counters["sampled"] == len(dashboard.stored())
+
+
+def test_a_port_check_under_way_does_not_hold_up_the_stop(
+    dashboard: Dashboard, start_agent: StartAgent, deaf_port: int
+) -> None:
+    process = start_agent(dashboard.url, CHECK_PORTS=str(deaf_port))
+    eventually(dashboard.stored)
+    started = time.monotonic()
+    assert process.stop() == 0
+    assert time.monotonic() - started < 6
+    [(services,)] = dashboard.query("SELECT services FROM metrics_system LIMIT 1")
+    assert "false" in services
+
+
+# --- systemd's notify socket, without systemd
+
+
+def test_what_systemd_is_told(
+    dashboard: Dashboard, start_agent: StartAgent, tmp_path: Path
+) -> None:
+    path = str(tmp_path / "notify")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notify:
+        notify.bind(path)
+        notify.settimeout(10)
+        process = start_agent(dashboard.url, NOTIFY_SOCKET=path, WATCHDOG_USEC="3000000")
+        messages = [notify.recv(4096).decode()]
+        while not re.fullmatch(
+            r"WATCHDOG=1\nSTATUS=ok: [1-9]\d* sent, 0 waiting, last 201 in \d+ ms", messages[-1]
+        ):
+            messages.append(notify.recv(4096).decode())
+        assert process.stop() == 0
+        while "STOPPING=1" not in messages[-1]:
+            messages.append(notify.recv(4096).decode())
+    assert messages[0] == "READY=1"
+
+
+def test_priorities_for_the_journal(dashboard: Dashboard, start_agent: StartAgent) -> None:
+    code = (
+        "import os, sys\nimport tinomail_agent as a\n"
+        "found = os.fstat(2)\n"
+        "os.environ['JOURNAL_STREAM'] = f'{found.st_dev}:{found.st_ino}'\n"
+        "a.set_up_logging('debug', 'k', os.environ)\n"
+        "a.log.warning('two\\nlines')\na.log.error('one')\na.log.debug('less')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,
+                          env={**os.environ, "PYTHONPATH": str(Path(agent.__file__).parent)},
+                          check=True, timeout=20)
+    assert done.stderr == "<4>two\n<4>lines\n<3>one\n<7>less\n"

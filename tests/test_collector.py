@@ -1,0 +1,623 @@
+"""The collector: processes, roles, what happens when something cannot be read, and time."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+import struct
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from conftest import FakeClock, eventually, make_config
+from dashboard import SAMPLE
+
+import tinomail_agent as agent
+
+
+def body_of(collector: agent.Collector) -> dict[str, Any]:
+    """Take a sample, once enough time has passed for the kernel's ticks to tell the CPU shares."""
+    time.sleep(0.06)
+    return agent.unpack(collector.collect().packed)
+
+
+# --- the table of processes, on a made-up /proc
+
+
+@pytest.mark.parametrize("comm", ["a) b", ") S 1 1", "redis-server", "(x", "\xff"])
+def test_stat_with_any_comm(comm: str) -> None:
+    rest = "S 7 " + " ".join(str(i) for i in range(5, 53))
+    found = agent.parse_stat(f"42 ({comm}) {rest}\n".encode())
+    # fields 14 and 15 are utime and stime, 22 is the start (proc_pid_stat(5))
+    assert found == agent.ProcessStat(42, comm, "S", 7, 14 + 15, 22)
+
+
+@pytest.mark.parametrize("data", [b"", b"1 (a", b"1 (a) S 1 1", b"x (a) S " + b"1 " * 30])
+def test_a_torn_stat_is_a_value_error(data: bytes) -> None:
+    with pytest.raises(ValueError):
+        agent.parse_stat(data)
+
+
+class FakeProc:
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.add(1, "systemd", ppid=0)
+
+    def add(
+        self, pid: int, comm: str, cmdline: bytes = b"", *, ppid: int = 1, state: str = "S",
+        ticks: int = 0, start: int = 100, anon: int = 1024, shared: int = 512,
+        cgroup: str = "0::/\n",
+    ) -> None:
+        folder = self.root / str(pid)
+        folder.mkdir(exist_ok=True)
+        rest = [state, ppid, *[0] * 9, ticks, 0, *[0] * 6, start, *[0] * 30]
+        (folder / "stat").write_text(f"{pid} ({comm}) {' '.join(map(str, rest))}\n")
+        (folder / "cmdline").write_bytes(cmdline)
+        (folder / "cgroup").write_text(cgroup)
+        (folder / "status").write_text(
+            f"Name:\t{comm}\nRssAnon:\t{anon} kB\nRssFile:\t{shared - 12} kB\nRssShmem:\t12 kB\n"
+        )
+
+    def remove(self, pid: int) -> None:
+        for path in (self.root / str(pid)).iterdir():
+            path.unlink()
+        (self.root / str(pid)).rmdir()
+
+
+@pytest.fixture
+def proc(tmp_path: Path) -> FakeProc:
+    return FakeProc(tmp_path)
+
+
+@pytest.fixture
+def clock() -> FakeClock:
+    return FakeClock()
+
+
+def test_all_processes_of_a_service_count(proc: FakeProc, clock: FakeClock) -> None:
+    def add(ticks: int) -> None:
+        proc.add(50, "rspamd", ppid=1, start=500, ticks=ticks, anon=2048, shared=8192)
+        proc.add(51, "rspamd", ppid=50, start=510, ticks=ticks * 2, anon=4096, shared=10240)
+        proc.add(52, "rspamd", ppid=50, start=510, ticks=ticks * 3, anon=4096, shared=9216)
+
+    table = agent.ProcessTable(str(proc.root), clock.monotonic)
+    add(10)
+    table.read()
+    clock.advance(2)
+    add(10 + agent.CLOCK_TICKS // 10)  # 0.1, 0.2 and 0.3 s more in 2 s: 30 % of a core
+    found = table.read()
+    assert found["rspamd"] == {
+        "status": "running", "pid": 50, "cpu_percent": 30.0,
+        "memory_mb": 20.0,  # 2 + 4 + 4 of their own, and the 10 of the largest shared part
+    }
+    assert found["redis"] == {"status": "not_found", "pid": None, "memory_mb": 0, "cpu_percent": 0}
+    assert set(found) == {"zonemta", "wildduck", "haraka", "rspamd", "redis", "mongodb"}
+
+
+def test_the_oldest_is_the_main_one_of_several(proc: FakeProc, clock: FakeClock) -> None:
+    proc.add(90, "redis-server", start=300)
+    proc.add(80, "redis-server", start=400)
+    table = agent.ProcessTable(str(proc.root), clock.monotonic)
+    assert table.read()["redis"]["pid"] == 90
+
+
+@pytest.mark.parametrize(("state", "status"), [("R", "running"), ("D", "running"),
+                                               ("T", "stopped"), ("t", "stopped"),
+                                               ("Z", "stopped")])
+def test_status(state: str, status: str, proc: FakeProc, clock: FakeClock) -> None:
+    proc.add(90, "mongod", state=state)
+    table = agent.ProcessTable(str(proc.root), clock.monotonic)
+    assert table.read()["mongodb"]["status"] == status
+
+
+def test_a_title_that_comes_late_is_seen(proc: FakeProc, clock: FakeClock) -> None:
+    table = agent.ProcessTable(str(proc.root), clock.monotonic)
+    proc.add(70, "node", b"node\0server.js\0")
+    assert table.read()["wildduck"]["status"] == "not_found"
+    proc.add(70, "wildduck", b"wildduck\0\0\0")
+    assert table.read()["wildduck"]["pid"] == 70
+    # a yes is kept, whatever the title becomes, as long as it is the same process
+    proc.add(70, "node", b"node\0other.js\0")
+    assert table.read()["wildduck"]["pid"] == 70
+    proc.add(70, "node", b"node\0other.js\0", start=101)
+    assert table.read()["wildduck"]["status"] == "not_found"
+
+
+def test_a_new_process_with_an_old_pid_brings_no_absurd_rate(
+    proc: FakeProc, clock: FakeClock
+) -> None:
+    table = agent.ProcessTable(str(proc.root), clock.monotonic)
+    proc.add(60, "mongod", ticks=500_000, start=100)
+    table.read()
+    clock.advance(10)
+    proc.add(60, "mongod", ticks=3, start=200)
+    assert table.read()["mongodb"]["cpu_percent"] < 1
+
+
+def test_a_process_that_ends_while_we_look(proc: FakeProc, clock: FakeClock) -> None:
+    proc.add(60, "mongod")
+    (proc.root / "61").mkdir()  # nothing left in it
+    (proc.root / "60/status").unlink()
+    found = agent.ProcessTable(str(proc.root), clock.monotonic).read()["mongodb"]
+    assert (found["pid"], found["memory_mb"]) == (60, 0.0)
+
+
+def test_hidden_processes_are_not_reported_as_missing(
+    proc: FakeProc, caplog: pytest.LogCaptureFixture
+) -> None:
+    proc.remove(1)
+    collector = agent.Collector(make_config(check_ports="1"), proc=str(proc.root))
+    with caplog.at_level(logging.WARNING):
+        bodies = [body_of(collector) for _ in range(3)]
+    assert all("processes" not in body for body in bodies)
+    said = [r.getMessage() for r in caplog.records if "read processes" in r.getMessage()]
+    assert said == ["cannot read processes: other users' processes are hidden (hidepid on /proc); "
+                    "it is left out of the samples"]
+
+
+def test_real_processes_are_found_and_measured(tmp_path: Path) -> None:
+    """A process of our own whose program bears the name of a daemon, and one that looks like it."""
+    script = "import time\nblock = bytearray(64 << 20)\nblock[::4096] = bytes(len(block) // 4096)\n"
+    daemon = tmp_path / "mongod"
+    daemon.symlink_to(sys.executable)
+    environ = {**os.environ, "PYTHONHOME": sys.base_prefix}
+    real = subprocess.Popen(
+        [str(daemon), "-S", "-c", script + "print(1, flush=True)\nwhile True: pass"],
+        env=environ, stdout=subprocess.PIPE,
+    )
+    alike = subprocess.Popen(["tail", "-f", "/dev/null", "--pid", str(real.pid)])
+    try:
+        assert real.stdout and real.stdout.readline()
+        table = agent.ProcessTable("/proc", time.monotonic)
+        table.read()
+        time.sleep(1.0)
+        found = table.read()["mongodb"]
+        ps = psutil.Process(real.pid)
+        assert found["pid"] == real.pid
+        assert found["status"] == "running"
+        assert found["memory_mb"] == pytest.approx(ps.memory_info().rss / agent.MIB, rel=0.1)
+        assert found["memory_mb"] > 64
+        assert found["cpu_percent"] > 20  # it spins, as far as this machine lets it
+        os.kill(real.pid, 19)  # SIGSTOP
+        eventually(lambda: table.read()["mongodb"]["status"] == "stopped", 5)
+    finally:
+        for one in (alike, real):
+            one.kill()
+            one.wait()
+        assert real.stdout
+        real.stdout.close()
+    assert table.read()["mongodb"]["status"] == "not_found"
+
+
+def test_a_no_is_looked_at_now_and_then(proc: FakeProc, clock: FakeClock) -> None:
+    """A process may call exec() at any time; of most, nothing is read in most samples."""
+    table = agent.ProcessTable(str(proc.root), clock.monotonic)
+    for pid in range(70, 90):
+        proc.add(pid, "bash", b"bash\0")
+    read: list[str] = []
+    real = agent.read_bytes
+
+    def count(path: str, limit: int = -1) -> bytes:
+        read.append(path)
+        return real(path, limit)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(agent, "read_bytes", count)
+        for _ in range(2 * agent.LOOK_AGAIN):
+            table.read()
+        read.clear()
+        for _ in range(agent.LOOK_AGAIN):
+            table.read()
+    assert sum("/1/stat" not in path for path in read) == 20  # each once
+    proc.add(75, "redis-server", b"redis-server *:6379\0")
+    found = [table.read()["redis"]["status"] for _ in range(agent.LOOK_AGAIN)]
+    assert "running" in found and found[-1] == "running"
+
+
+def test_a_node_process_that_changes_its_script_is_seen(
+    proc: FakeProc, clock: FakeClock
+) -> None:
+    table = agent.ProcessTable(str(proc.root), clock.monotonic)
+    proc.add(70, "node", b"node\0other.js\0")
+    assert table.read()["wildduck"]["status"] == "not_found"
+    proc.add(70, "node", b"node\0/opt/wildduck/server.js\0")
+    assert table.read()["wildduck"]["status"] == "running"
+
+
+def test_a_new_process_is_seen_at_once_whatever_its_pid(
+    proc: FakeProc, clock: FakeClock
+) -> None:
+    table = agent.ProcessTable(str(proc.root), clock.monotonic)
+    proc.add(70, "bash", b"bash\0")
+    for _ in range(2 * agent.LOOK_AGAIN + 1):
+        table.read()
+    proc.remove(70)
+    (proc.root / "71").mkdir()  # takes the old directory's inode, if the file system is so minded
+    proc.add(70, "mongod", b"mongod\0", start=200)
+    assert table.read()["mongodb"]["pid"] == 70
+
+
+def test_watched_processes(proc: FakeProc, clock: FakeClock) -> None:
+    proc.add(60, "master", b"/usr/lib/postfix/sbin/master\0-w\0")
+    proc.add(61, "a-very-long-nam", b"x\0")
+    config = make_config(watch_processes="postfix=master, long=a-very-long-name-indeed,x=none")
+    collector = agent.Collector(config, proc=str(proc.root))
+    found = collector._read_processes()
+    assert {name: p["pid"] for name, p in found.items() if name not in agent.SERVICES} == {
+        "postfix": 60, "long": 61, "x": None,
+    }
+
+
+# --- memory, by cgroup
+
+
+def make_cgroup(root: Path, path: str, pids: str, stat: str) -> None:
+    folder = root / path.strip("/")
+    folder.mkdir(parents=True)
+    (folder / "cgroup.procs").write_text(pids)
+    (folder / "memory.stat").write_text(stat)
+
+
+V1 = "8:memory:/system.slice/rspamd.service\n0::/system.slice/rspamd.service\n"
+V2 = "0::/system.slice/rspamd.service\n"
+
+
+@pytest.mark.parametrize(
+    ("cgroup", "path", "stat"),
+    [
+        (V2, "system.slice/rspamd.service", "anon 10485760\nfile 99999999\nfile_mapped 2097152\n"),
+        (V1, "memory/system.slice/rspamd.service",
+         "cache 99999999\ntotal_rss 10485760\ntotal_mapped_file 2097152\n"),
+    ],
+)
+@pytest.mark.parametrize(
+    ("procs", "memory_mb"),
+    [
+        # its own: the 10 that the kernel accounts for, and the 6 of the program in the largest
+        # 12 shared (the rest are libraries that others use too), of which 2 are in the account
+        ("50\n51\n", 16.0),
+        ("50\n51\n99\n", 28.0),  # another process is in it: 8 + 8, and the largest 12 shared
+        ("", 28.0),
+    ],
+)
+def test_memory_is_what_the_cgroup_accounts_for(
+    cgroup: str, path: str, stat: str, procs: str, memory_mb: float,
+    proc: FakeProc, clock: FakeClock, tmp_path: Path,
+) -> None:
+    root = tmp_path / "cgroups"
+    make_cgroup(root, path, procs, stat)
+    for pid in (50, 51):
+        proc.add(pid, "rspamd", cgroup=cgroup, anon=8 * 1024, shared=12 * 1024)
+    table = agent.ProcessTable(str(proc.root), clock.monotonic, cgroup_root=str(root))
+    assert table.read()["rspamd"]["memory_mb"] == memory_mb
+
+
+def test_memory_that_was_charged_elsewhere(
+    proc: FakeProc, clock: FakeClock, tmp_path: Path
+) -> None:
+    """A process that was moved into its cgroup later left its pages with the one before."""
+    root = tmp_path / "cgroups"
+    make_cgroup(root, "system.slice/rspamd.service", "50\n", "anon 4096\nfile_mapped 0\n")
+    proc.add(50, "rspamd", cgroup=V2, anon=8 * 1024, shared=1024)
+    table = agent.ProcessTable(str(proc.root), clock.monotonic, cgroup_root=str(root))
+    assert table.read()["rspamd"]["memory_mb"] == 9.0
+
+
+def test_the_program_of_node_is_shared_between_services(
+    proc: FakeProc, clock: FakeClock, tmp_path: Path
+) -> None:
+    """Its 36 MiB are charged to whoever read them first, often to a run that has ended."""
+    root = tmp_path / "cgroups"
+    for name, title, pids in (
+        ("haraka", "Haraka (worker)", (50,)), ("zone-mta", "zone-mta: x", (60, 61, 62)),
+    ):
+        unit = f"system.slice/{name}.service"
+        make_cgroup(root, unit, "\n".join(map(str, pids)), "anon 52428800\nfile_mapped 0\n")
+        for pid in pids:
+            proc.add(
+                pid, title[:15], f"{title}\0\0".encode(), cgroup=f"0::/{unit}\n", anon=9999,
+                shared=42 * 1024,
+            )
+    table = agent.ProcessTable(str(proc.root), clock.monotonic, cgroup_root=str(root))
+    found = table.read()
+    assert (found["haraka"]["memory_mb"], found["zonemta"]["memory_mb"]) == (50 + 9, 50 + 27)
+
+
+def test_two_instances_with_a_cgroup_each(
+    proc: FakeProc, clock: FakeClock, tmp_path: Path
+) -> None:
+    root = tmp_path / "cgroups"
+    for pid in (50, 51):
+        name = f"system.slice/redis@{pid}.service"
+        make_cgroup(root, name, f"{pid}\n", "anon 3145728\nfile_mapped 1048576\n")
+        proc.add(pid, "redis-server", cgroup=f"0::/{name}\n", anon=1024)
+    table = agent.ProcessTable(str(proc.root), clock.monotonic, cgroup_root=str(root))
+    assert table.read()["redis"]["memory_mb"] == 8.0
+
+
+@pytest.mark.parametrize("cgroup", ["0::/\n", "0::/../outside\n", "", "1:cpu:/x\n"])
+def test_a_cgroup_that_is_not_the_services_own(
+    cgroup: str, proc: FakeProc, clock: FakeClock, tmp_path: Path
+) -> None:
+    proc.add(50, "rspamd", cgroup=cgroup, anon=1024, shared=1024)
+    table = agent.ProcessTable(str(proc.root), clock.monotonic, cgroup_root=str(tmp_path / "no"))
+    assert table.read()["rspamd"]["memory_mb"] == 2.0
+
+
+# --- roles
+
+
+def running(*names: str) -> dict[str, dict[str, Any]]:
+    return {n: {"status": "running" if n in names else "not_found"} for n in agent.SERVICES}
+
+
+def test_the_role_follows_the_list_and_only_moves_up() -> None:
+    role = "unknown"
+    for services, expected in (
+        ((), "unknown"),
+        (("redis",), "redis"),
+        (("redis", "mongodb"), "mongodb"),
+        (("zonemta", "redis"), "zonemta-outbound"),
+        (("haraka",), "zonemta-outbound"),  # ZoneMTA is only restarting
+        ((), "zonemta-outbound"),
+        (("wildduck", "zonemta"), "wildduck"),
+    ):
+        role = agent.find_role(running(*services), role)
+        assert role == expected
+
+
+def test_ports_follow_the_role(proc: FakeProc) -> None:
+    collector = agent.Collector(make_config(), proc=str(proc.root))
+    services: list[tuple[str, str, list[str]]] = []
+    for comm in ("", "redis-server", "rspamd"):
+        if comm:
+            proc.add(200 + len(services), comm)
+        sample = collector.collect()
+        body = agent.unpack(sample.packed)
+        services.append((sample.role, body["role"], sorted(body["services"])))
+    assert services == [
+        ("unknown", "unknown", sorted(f"port_{port}" for port in agent.MAIL_PORTS)),
+        ("redis", "redis", ["port_6379"]),
+        ("rspamd", "rspamd", ["port_11334"]),
+    ]
+
+
+def test_a_role_that_was_set_stays(proc: FakeProc) -> None:
+    proc.add(5, "wildduck", b"wildduck\0")
+    collector = agent.Collector(make_config(node_role="zonemta-local"), proc=str(proc.root))
+    assert collector.collect().role == "zonemta-local"
+
+
+# --- what cannot be read
+
+
+def test_a_sample_of_this_machine_keeps_the_contract() -> None:
+    collector = agent.Collector(make_config())
+    collector.prime()
+    body = body_of(collector)
+    del body["role"]
+    assert SAMPLE({"node_id": "mta-01", **body}) == ""
+    assert body["agent"]["collect_errors"] == 0
+
+
+def test_a_first_sample_without_a_first_reading_has_no_rates() -> None:
+    collector = agent.Collector(make_config(check_ports="1"))
+    system = body_of(collector)["system"]
+    assert "cpu_percent" not in system and "net_rx_bytes_sec" not in system
+    assert system["ram_total_bytes"] > 0
+
+
+@pytest.mark.parametrize(
+    ("function", "gone"),
+    [
+        ("cpu_times", {"cpu_percent", "cpu_cores"}),
+        ("virtual_memory", {"ram_used_percent", "ram_used_bytes", "ram_total_bytes"}),
+        ("net_io_counters", {"net_rx_bytes_sec", "net_tx_bytes_sec", "net_rx_errors",
+                             "net_tx_errors"}),
+    ],
+)
+@pytest.mark.parametrize(
+    "error", [psutil.AccessDenied(1), OSError(5, "Input/output error"), RuntimeError("no such"),
+              NotImplementedError("not here"), KeyError("iowait"), ValueError("torn"),
+             TypeError("it is None"), AttributeError("no iowait"), struct.error("short")],
+    ids=lambda error: type(error).__name__,
+)
+def test_a_metric_that_fails_is_left_out_said_once_and_counted(
+    function: str, gone: set[str], error: Exception,
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture,
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise error
+
+    collector = agent.Collector(make_config(check_ports="1"))
+    collector.prime()
+    whole = set(body_of(collector)["system"])
+    monkeypatch.setattr(psutil, function, fail)
+    with caplog.at_level(logging.WARNING):
+        bodies = [body_of(collector) for _ in range(3)]
+    assert whole - set(bodies[-1]["system"]) == gone
+    assert [body["agent"]["collect_errors"] for body in bodies] == [1, 2, 3]
+    assert len(caplog.records) == 1
+    assert "is left out of the samples" in caplog.records[0].getMessage()
+
+
+@pytest.mark.parametrize(
+    ("missing", "gone"),
+    [
+        ("net/sockstat", {"tcp_time_wait"}),
+        ("net/snmp", {"tcp_established", "tcp_close_wait", "tcp_time_wait"}),
+        ("sys/fs/file-nr", {"open_files"}),
+        ("diskstats", {"disk_read_bytes_sec", "disk_write_bytes_sec"}),
+        ("self/mountinfo", {"disk_used_percent", "disk_free_bytes", "disks"}),
+    ],
+)
+def test_a_proc_that_lacks_a_file(
+    missing: str, gone: set[str], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A container may lack any of them: a sample all the same, and a line that says which."""
+    proc = tmp_path / "proc"
+    for name in ("1", "self", "net", "sys", "diskstats"):
+        (proc / name).parent.mkdir(exist_ok=True)
+        (proc / name).symlink_to(f"/proc/{name}")
+    collector = agent.Collector(make_config(check_ports="1"), proc=str(proc))
+    collector.prime()
+    whole = set(body_of(collector)["system"])
+    assert gone <= whole
+    parts = missing.split("/")
+    (proc / parts[0]).unlink()
+    if len(parts) > 1:  # the directory, without that one file
+        (proc / parts[0]).mkdir()
+        for entry in Path("/proc", parts[0]).iterdir():
+            if entry.name != parts[1]:
+                (proc / parts[0] / entry.name).symlink_to(entry)
+        if parts[0] == "sys":
+            (proc / "sys/fs").mkdir()
+    with caplog.at_level(logging.WARNING):
+        for _ in range(2):
+            body = body_of(collector)
+    assert whole - set(body["system"]) == gone
+    assert len(caplog.records) == 1
+    assert f"proc/{missing}" in caplog.records[0].getMessage()
+
+
+def test_no_sys_block(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    collector = agent.Collector(make_config(check_ports="1"), sys_root=str(tmp_path))
+    collector.prime()
+    with caplog.at_level(logging.WARNING):
+        system = body_of(collector)["system"]
+    assert "disk_read_bytes_sec" not in system
+    assert "net_rx_bytes_sec" in system  # without sysfs: all but lo
+    assert [r.getMessage() for r in caplog.records] == [
+        f"cannot read disk_io: No such file or directory ({tmp_path}/block); "
+        "it is left out of the samples"
+    ]
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), None])
+def test_what_is_no_number_never_reaches_the_wire(
+    bad: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    collector = agent.Collector(make_config(check_ports="1"))
+    collector._readers = (("load", lambda: {"x": bad, "y": 1}),)
+    body = body_of(collector)
+    assert body["system"] == {"y": 1}
+    assert body["agent"]["collect_errors"] == 1
+
+
+def test_a_mount_that_cannot_be_read_is_said_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(path: str) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    collector = agent.Collector(make_config())
+    monkeypatch.setattr(os, "statvfs", fail)
+    with caplog.at_level(logging.WARNING):
+        for _ in range(3):
+            body = body_of(collector)
+    assert "disks" not in body["system"]
+    said = [r.getMessage() for r in caplog.records if "disk /" in r.getMessage()]
+    assert said == ["cannot read disk /: Permission denied; it is left out of the samples"]
+
+
+def test_out_of_file_descriptors_is_no_verdict_on_the_daemons(
+    proc: FakeProc, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import errno
+
+    real = agent.read_bytes
+
+    def fail(path: str, limit: int = -1) -> bytes:
+        if "/90/" in path:
+            raise OSError(errno.EMFILE, "Too many open files")
+        return real(path, limit)
+
+    proc.add(90, "redis-server")
+    monkeypatch.setattr(agent, "read_bytes", fail)
+    collector = agent.Collector(make_config(check_ports="1"), proc=str(proc.root))
+    assert "processes" not in body_of(collector)
+
+
+def test_a_crash_of_a_reader_is_logged_once_and_counted(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail() -> None:
+        raise ZeroDivisionError
+
+    collector = agent.Collector(make_config(check_ports="1"))
+    collector._readers = (("load", fail),)  # type: ignore[assignment]
+    for _ in range(3):
+        try:
+            collector.collect()
+        except ZeroDivisionError:
+            collector.crashed()
+    assert collector.collect_errors == 3
+    assert len(caplog.records) == 1 and caplog.records[0].exc_info
+
+
+# --- time
+
+
+def test_timestamps() -> None:
+    assert agent.iso_utc(1_750_000_000.0) == "2025-06-15T15:06:40.000Z"
+    assert agent.iso_utc(1_750_000_000.9999) == "2025-06-15T15:06:40.999Z"
+
+
+def test_a_clock_that_steps_back_changes_no_rate(tmp_path: Path) -> None:
+    """The wall clock goes back an hour; the beat and the rates go by the monotonic one."""
+    clock = FakeClock()
+    collector = agent.Collector(
+        make_config(check_ports="1"), clock=clock.monotonic, now=clock.time
+    )
+    collector.prime()
+    bodies = []
+    for step in (0.0, -3600.0, 0.0):
+        clock.advance(15)
+        clock.wall += step
+        bodies.append(agent.unpack(collector.collect().packed))
+    stamps = [body["timestamp"] for body in bodies]
+    assert stamps == ["2025-06-15T15:06:55.000Z", "2025-06-15T14:07:10.000Z",
+                      "2025-06-15T14:07:25.000Z"]
+    for body in bodies:
+        assert 0 <= body["system"]["net_rx_bytes_sec"] < 10**10
+        assert 0 <= body["system"]["disk_read_bytes_sec"] < 10**10
+        assert body["agent"]["collect_ms"] == 0.0
+
+
+@pytest.mark.parametrize(
+    ("now", "expected"),
+    [
+        (100.0, 115.0),  # in time
+        (103.0, 115.0),  # it took 3 s
+        (114.9, 115.0),
+        (115.0, 130.0),  # it took a whole interval
+        (131.0, 145.0),
+        (100.0 + 86_400, 100.0 + 86_400 + 15),  # a suspended machine: no burst
+        (99.0, 115.0),
+    ],
+)
+def test_missed_ticks_are_skipped(now: float, expected: float) -> None:
+    assert agent.next_tick(100.0, now, 15.0) == expected
+
+
+def test_a_sample_is_small() -> None:
+    collector = agent.Collector(make_config())
+    collector.prime()
+    request = agent.V1.sample(collector.collect().packed, "mta-01.example.com", "k")
+    assert len(request.body) < 2000
+
+
+def test_the_same_bytes_each_time() -> None:
+    collector = agent.Collector(make_config(check_ports="1"))
+    packed = collector.collect().packed
+    first = agent.V1.sample(packed, "mta-01", "k")
+    time.sleep(1.1)  # gzip has a time in its header
+    assert agent.V1.sample(packed, "mta-01", "k") == first
+    assert b"mta-01" not in packed and not re.search(rb"node_id", json.dumps(
+        agent.unpack(packed)).encode())

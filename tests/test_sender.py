@@ -1,0 +1,690 @@
+"""Buffer and sender: what each answer leads to, in which order, when, and what the log says.
+
+The clock is made up and so is the network; the rest is the real thing. test_agent.py does the
+same with real processes and a real server.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import logging
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from conftest import KEY, FakeClock, make_config
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import tinomail_agent as agent
+from tinomail_agent import Answer, Buffer, Sender
+
+BEAT_S = 15.0
+OK = Answer(201, body=b'{"success": true}')
+NO_ANSWER = Answer(0, "connection refused")
+
+
+def sample(seq: int, role: str = "haraka") -> agent.Sample:
+    body = {"timestamp": f"t{seq}", "role": role, "system": {}}
+    return agent.Sample(seq, role, agent.pack(body))
+
+
+class Site:
+    """A node and its dashboard: the sender, its buffer, and a network that obeys."""
+
+    def __init__(self, **settings: Any) -> None:
+        self.clock = FakeClock()
+        self.config = make_config("https://monitor.example.com", **settings)
+        self.buffer = Buffer(self.config.buffer_size)
+        self.answer: Callable[[agent.Request], Answer] = lambda request: OK
+        self.registration: Callable[[], Answer] = lambda: OK
+        self.ip: str | None = "10.0.0.1"
+        self.posts: list[tuple[float, str]] = []  # (when, timestamp) of each sample posted
+        self.delivered: list[str] = []
+        self.nodes: list[dict[str, Any]] = []
+        self.ids: list[str] = []
+        self.duration_s = 0.0
+        self.seq = 0
+        self.role = "haraka"
+        self.sender = Sender(
+            self.config, self.buffer, self, clock=self.clock.monotonic,  # type: ignore[arg-type]
+            now=self.clock.time, jitter=lambda: 0.5,
+        )
+
+    # - the network, as Transport has it
+
+    def post(self, request: agent.Request, limit_s: float = 10.0) -> Answer:
+        self.clock.advance(self.duration_s)
+        if request.path.endswith("/nodes"):
+            self.nodes.append(json.loads(request.body))
+            return self.registration()
+        body = json.loads(gzip.decompress(request.body))
+        self.posts.append((self.clock.elapsed, body["timestamp"]))
+        self.ids.append(body["node_id"])
+        answer = self.answer(request)
+        if answer is OK:
+            self.delivered.append(body["timestamp"])
+        return answer
+
+    def source_ip(self) -> str | None:
+        return self.ip
+
+    # - time
+
+    def beat(self, count: int = 1) -> None:
+        """Let heartbeats pass: a new sample at each, and what the sender does until the next."""
+        for _ in range(count):
+            self.seq += 1
+            self.buffer.put(sample(self.seq, self.role))
+            self.run(self.clock.elapsed + BEAT_S)
+
+    def run(self, until: float) -> None:
+        for _ in range(1000):
+            pause = self.sender.step()
+            if self.clock.elapsed + pause >= until:
+                self.clock.advance(max(0.0, until - self.clock.elapsed))
+                return
+            self.clock.advance(pause)
+        raise AssertionError("the sender spins")
+
+    @property
+    def counters(self) -> agent.Counters:
+        found = self.buffer.counters()
+        assert found.sampled == (
+            found.delivered + found.refused + found.dropped + found.waiting
+        )
+        return found
+
+    def posted(self) -> list[str]:
+        return [stamp for _, stamp in self.posts]
+
+
+def stamps(*seqs: int) -> list[str]:
+    return [f"t{seq}" for seq in seqs]
+
+
+@pytest.fixture
+def site(caplog: pytest.LogCaptureFixture) -> Site:
+    caplog.set_level(logging.INFO)
+    return Site()
+
+
+def said(caplog: pytest.LogCaptureFixture, level: int = logging.INFO) -> list[str]:
+    return [r.getMessage() for r in caplog.records if r.levelno >= level]
+
+
+# --- a healthy dashboard
+
+
+def test_healthy(site: Site, caplog: pytest.LogCaptureFixture) -> None:
+    site.beat(20)
+    assert site.posted() == site.delivered == stamps(*range(1, 21))
+    assert len(site.nodes) == 1
+    assert site.nodes[0] == {
+        "node_id": "mta-01", "hostname": site.nodes[0]["hostname"], "ip": "10.0.0.1",
+        "role": "haraka", "version": agent.VERSION,
+    }
+    assert said(caplog) == ["registered as mta-01 (role haraka, address 10.0.0.1)"]
+    assert site.counters == agent.Counters(20, 20, 0, 0, 0)
+
+
+def test_the_confirmed_id_is_used(site: Site) -> None:
+    site.registration = lambda: Answer(201, body=b'{"data": {"id": "uuid-7"}}')
+    site.beat(2)
+    assert site.ids == ["uuid-7", "uuid-7"]
+
+
+def test_a_confirmed_id_may_be_anything(site: Site, caplog: pytest.LogCaptureFixture) -> None:
+    key = json.dumps(KEY)[1:-1].encode()
+    site.registration = lambda: Answer(201, body=b'{"id": "\\ud800\\n' + key + b'"}')
+    site.beat(2)
+    assert site.counters.delivered == 2
+    assert said(caplog) == ["registered as ??*** (role haraka, address 10.0.0.1)"]
+
+
+# --- outages
+
+
+def test_down_at_the_start(site: Site, caplog: pytest.LogCaptureFixture) -> None:
+    site.registration = lambda: NO_ANSWER
+    site.beat(5)
+    assert (site.posts, site.counters.waiting) == ([], 5)
+    assert len(site.nodes) == 5  # one attempt per heartbeat
+    site.registration = lambda: OK
+    site.beat()
+    assert site.delivered == stamps(6, 1, 2, 3, 4, 5)  # the newest, then the oldest first
+    assert said(caplog) == [
+        "not delivered (up to 100 samples are kept): registration: connection refused",
+        "registered as mta-01 (role haraka, address 10.0.0.1)",
+        "delivering again after 75 s, 5 waiting",
+    ]
+
+
+def test_at_most_ten_of_the_oldest_per_success(site: Site) -> None:
+    site.beat()
+    site.answer = lambda request: NO_ANSWER
+    site.beat(24)
+    site.posts.clear()
+    site.answer = lambda request: OK
+    site.beat(3)
+    assert site.posted() == stamps(26, *range(2, 12), 27, *range(12, 22), 28, 22, 23, 24, 25)
+    assert site.counters.waiting == 0
+
+
+def test_a_long_outage_keeps_the_newest(site: Site, caplog: pytest.LogCaptureFixture) -> None:
+    site.beat()
+    caplog.clear()
+    site.answer = lambda request: NO_ANSWER
+    site.beat(130)
+    assert site.counters == agent.Counters(131, 1, 0, 30, 100)
+    site.answer = lambda request: OK
+    site.beat(11)
+    assert site.counters == agent.Counters(142, 111, 0, 31, 0)
+    assert sorted(site.delivered, key=lambda stamp: int(stamp[1:])) == stamps(
+        1, *range(33, 143)
+    )
+    assert said(caplog) == [
+        "not delivered (up to 100 samples are kept): connection refused",
+        "delivering again after 1950 s, 99 waiting, 31 dropped (BUFFER_SIZE=100 was too small)",
+    ]
+
+
+def test_an_hour_of_outage_writes_two_lines(
+    site: Site, caplog: pytest.LogCaptureFixture
+) -> None:
+    site.beat(3)
+    caplog.clear()
+    site.answer = lambda request: NO_ANSWER
+    site.beat(240)
+    site.answer = lambda request: OK
+    site.beat(20)
+    assert len(said(caplog)) == 2
+
+
+def test_retries_and_then_one_attempt_per_heartbeat(site: Site) -> None:
+    site.beat()
+    site.posts.clear()
+    site.answer = lambda request: NO_ANSWER
+    start = site.clock.elapsed
+    site.beat(3)
+    assert [(round(at - start, 1), stamp) for at, stamp in site.posts] == [
+        (0.0, "t2"), (1.0, "t2"), (3.0, "t2"), (7.0, "t2"), (15.0, "t3"), (30.0, "t4"),
+    ]
+
+
+def test_a_short_trouble_is_silent(site: Site, caplog: pytest.LogCaptureFixture) -> None:
+    site.beat()
+    caplog.clear()
+    answers = iter([NO_ANSWER, Answer(503), OK])
+    site.answer = lambda request: next(answers)
+    site.beat()
+    assert (site.delivered, said(caplog)) == (stamps(1, 2), [])
+
+
+def test_the_newer_sample_goes_first_while_retries_are_under_way(site: Site) -> None:
+    site.beat()
+    site.posts.clear()
+    site.duration_s = 10.0  # each attempt runs into its deadline
+    site.answer = lambda request: NO_ANSWER
+    site.seq += 1
+    site.buffer.put(sample(site.seq))
+    site.run(site.clock.elapsed + 15)
+    assert set(site.posted()) == {"t2"}
+    site.beat()
+    assert site.posted()[-1] == "t3"
+
+
+def test_a_drain_gives_way_to_a_new_sample(site: Site) -> None:
+    site.beat()
+    site.answer = lambda request: NO_ANSWER
+    site.beat(6)
+    site.posts.clear()
+
+    def answer(request: agent.Request) -> Answer:
+        if len(site.posts) == 3:  # a new one comes while the third is under way
+            site.buffer.put(sample(99))
+        return OK
+
+    site.answer = answer
+    site.beat()
+    assert site.posted() == stamps(8, 2, 3, 99, 4, 5, 6, 7)
+
+
+# --- each answer
+
+
+@pytest.mark.parametrize("status", [408, 425, 429, 500, 502, 503])
+def test_answers_that_are_tried_again(status: int, site: Site) -> None:
+    site.beat()
+    site.answer = lambda request: Answer(status)
+    site.beat(2)
+    assert site.posted() == stamps(1, 2, 2, 2, 2, 3)
+    site.answer = lambda request: OK
+    site.beat()
+    assert site.delivered == stamps(1, 4, 2, 3)
+
+
+@pytest.mark.parametrize(
+    ("answer", "says"),
+    [
+        (Answer(401), "answered 401: the dashboard does not accept API_KEY"),
+        (Answer(403), "answered 403: the dashboard forbids it"),
+        (Answer(301, location="https://x.example/"), "a redirect: correct DASHBOARD_URL: https://x"),
+        (Answer(200, body=b"<html>"), "a web page answered; DASHBOARD_URL"),
+        (Answer(200, body=b'{"success":false}'), 'answered 200 without success: {"success":false}'),
+        (Answer(410, body=b"gone"), "answered 410: gone"),
+    ],
+)
+def test_answers_that_keep_the_sample(
+    answer: Answer, says: str, site: Site, caplog: pytest.LogCaptureFixture
+) -> None:
+    site.beat()
+    site.answer = lambda request: answer
+    site.beat(4)
+    assert site.posted() == stamps(1, 2, 3, 4, 5)  # one attempt per heartbeat
+    assert len(site.nodes) == 1  # never registers again because of it
+    assert site.counters.waiting == 4
+    [line] = said(caplog, logging.WARNING)
+    assert says in line
+    site.answer = lambda request: OK
+    site.beat()
+    assert site.counters == agent.Counters(6, 6, 0, 0, 0)
+    assert said(caplog)[-1].startswith("delivering again after 60 s")
+
+
+def test_409_is_delivered(site: Site) -> None:
+    site.answer = lambda request: Answer(409)
+    site.beat(3)
+    assert site.counters == agent.Counters(3, 3, 0, 0, 0)
+
+
+def test_an_unknown_node_registers_and_tries_once_more(site: Site) -> None:
+    site.beat()
+    answers = iter([Answer(404), OK])
+    site.answer = lambda request: next(answers)
+    site.beat()
+    assert (site.posted(), len(site.nodes)) == (stamps(1, 2, 2), 2)
+    assert site.counters.delivered == 2
+
+
+def test_404_for_ever_is_kept(site: Site, caplog: pytest.LogCaptureFixture) -> None:
+    site.beat()
+    site.answer = lambda request: Answer(404)
+    site.beat(3)
+    assert site.posted() == stamps(1, 2, 2, 3, 3, 4, 4)
+    assert site.counters.waiting == 3
+    [line] = said(caplog, logging.WARNING)
+    assert "answered 404: no such address or node" in line
+    assert len([line for line in said(caplog) if "registered" in line]) == 1
+
+
+def test_404_and_a_registration_that_fails(site: Site) -> None:
+    site.beat()
+    site.answer, site.registration = (lambda request: Answer(404)), (lambda: Answer(500))
+    site.beat(3)
+    assert len(site.nodes) == 4  # one attempt per heartbeat
+
+
+@pytest.mark.parametrize("status", [400, 413, 415, 422])
+def test_a_sample_that_is_refused_while_others_are_taken(
+    status: int, site: Site, caplog: pytest.LogCaptureFixture
+) -> None:
+    site.beat(2)
+    site.answer = lambda request: Answer(status, body=b'{"error": "bad field"}' + b"x" * 999)
+    site.beat()
+    assert site.counters == agent.Counters(3, 2, 1, 0, 0)
+    [line] = said(caplog, logging.WARNING)
+    assert line.startswith(
+        f'a sample was refused for good (1 so far): answered {status}: {{"error": "bad field"}}x'
+    )
+    assert len(line) < 300
+
+
+def test_a_dashboard_that_refuses_everything_loses_nothing_but_by_the_ring(
+    site: Site, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A proxy or a wrong URL answers 400 to all: it is not the samples that are wrong."""
+    seen = 0
+
+    def answer(request: agent.Request) -> Answer:
+        nonlocal seen
+        seen += 1
+        return Answer(400, body=f"request {seen} is bad".encode())
+
+    site.answer = answer
+    site.beat(130)
+    assert site.counters == agent.Counters(130, 0, 0, 30, 100)
+    assert len(said(caplog, logging.WARNING)) == 1
+
+
+def test_refusals_count_for_five_minutes_after_a_delivery(site: Site) -> None:
+    site.beat()
+    site.answer = lambda request: Answer(422)
+    site.beat(30)
+    assert site.counters == agent.Counters(31, 1, 20, 0, 10)
+
+
+def test_a_poison_sample_is_set_aside(site: Site, caplog: pytest.LogCaptureFixture) -> None:
+    """The dashboard answers 500 to t3 for ever; the others get through."""
+
+    def answer(request: agent.Request) -> Answer:
+        poisoned = b'"t3"' in gzip.decompress(request.body)
+        return Answer(500, body=b"boom") if poisoned else OK
+
+    site.answer = answer
+    site.beat(12)
+    assert site.counters == agent.Counters(12, 11, 1, 0, 0)
+    # a try and three retries as the newest, then five times that behind one that was taken
+    assert site.posted().count("t3") == agent.TRIES * (1 + agent.REFUSALS_BY_5XX)
+    assert [line for line in said(caplog, logging.WARNING) if "refused" in line] == [
+        "a sample was refused for good (1 so far): answered 500: boom"
+    ]
+
+
+@pytest.mark.parametrize("answer", [Answer(403), Answer(301), Answer(500), NO_ANSWER,
+                                    Answer(200, body=b"<html>"), Answer(418)])
+def test_samples_that_are_not_taken_do_not_block_the_others(
+    answer: Answer, site: Site, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Something on the way does not let three of the samples through."""
+    site.beat(2)
+    site.answer = lambda request: NO_ANSWER
+    site.beat(12)
+    held = (b'"t4"', b'"t5"', b'"t6"')
+
+    def answers(request: agent.Request) -> Answer:
+        return answer if any(s in gzip.decompress(request.body) for s in held) else OK
+
+    site.answer = answers
+    site.beat(8)
+    left = {f"t{seq}" for seq in range(1, 23)} - set(site.delivered)
+    assert left == {"t4", "t5", "t6"}
+    assert any("samples that wait are not taken" in line for line in said(caplog))
+    site.beat(60)
+    # only a 5xx, again and again, is taken for the dashboard's last word
+    assert site.counters.refused == (3 if answer.status == 500 else 0)
+    assert len(said(caplog)) < 10
+
+
+def test_a_dashboard_that_answers_only_every_third_request(site: Site) -> None:
+    site.beat()
+    site.answer = lambda request: NO_ANSWER
+    site.beat(20)
+    count = 0
+
+    def answer(request: agent.Request) -> Answer:
+        nonlocal count
+        count += 1
+        return OK if count % 3 == 0 else Answer(500)
+
+    site.answer = answer
+    site.beat(40)
+    assert site.counters.refused == site.counters.dropped == 0
+    assert site.counters.waiting < 3
+
+
+# --- Retry-After
+
+
+def test_retry_after_is_honoured_across_samples(
+    site: Site, caplog: pytest.LogCaptureFixture
+) -> None:
+    site.beat()
+    start = site.clock.elapsed
+    answers = iter([Answer(429, retry_after="40")])
+    site.answer = lambda request: next(answers, OK)
+    site.beat(4)
+    assert [(round(at - start), stamp) for at, stamp in site.posts[1:]] == [
+        (0, "t2"), (40, "t4"), (40, "t2"), (40, "t3"), (45, "t5"),
+    ]
+    assert "answered 429" in said(caplog, logging.WARNING)[0]  # so long a pause is worth a line
+
+
+def test_retry_after_is_honoured_once_down(site: Site) -> None:
+    site.beat()
+    site.answer = lambda request: NO_ANSWER
+    site.beat()
+    start = site.clock.elapsed
+    site.answer = lambda request: Answer(503, retry_after="20")
+    site.beat(3)
+    assert [round(at - start) for at, _ in site.posts if at >= start] == [0, 20, 40]
+
+
+def test_retry_after_of_a_registration(site: Site) -> None:
+    site.registration = lambda: Answer(429, retry_after="100")
+    site.beat(10)
+    assert len(site.nodes) == 2
+
+
+# --- registration
+
+
+@pytest.mark.parametrize(
+    ("answer", "says"),
+    [
+        (Answer(401), "registration: answered 401: the dashboard does not accept API_KEY"),
+        (Answer(500, body=b"x"), "registration: answered 500: x"),
+        (Answer(400, body=b"no"), "registration: answered 400: no"),
+        (Answer(200, body=b"<html>"), "registration: a web page answered"),
+        (NO_ANSWER, "registration: connection refused"),
+    ],
+)
+def test_samples_wait_for_the_first_registration(
+    answer: Answer, says: str, site: Site, caplog: pytest.LogCaptureFixture
+) -> None:
+    site.registration = lambda: answer
+    site.beat(4)
+    assert (site.posts, len(site.nodes), site.counters.waiting) == ([], 4, 4)
+    [line] = said(caplog)
+    assert says in line
+    site.registration = lambda: Answer(409)
+    site.beat()
+    assert site.counters.delivered == 5
+
+
+def test_a_new_role_registers_again(site: Site) -> None:
+    site.beat(2)
+    site.role = "wildduck"
+    site.beat(2)
+    assert [node["role"] for node in site.nodes] == ["haraka", "wildduck"]
+
+
+def test_a_new_address_registers_again(site: Site) -> None:
+    site.beat(2)
+    site.ip = None  # no route for a moment: nothing is known
+    site.beat()
+    site.ip = "10.0.0.2"
+    site.beat(2)
+    assert [node["ip"] for node in site.nodes] == ["10.0.0.1", "10.0.0.2"]
+
+
+def test_samples_go_on_when_a_later_registration_fails(
+    site: Site, caplog: pytest.LogCaptureFixture
+) -> None:
+    site.beat()
+    site.registration = lambda: Answer(500)
+    site.role = "wildduck"
+    site.beat(5)
+    assert site.counters.delivered == 6
+    [line] = said(caplog, logging.WARNING)
+    assert line.startswith("cannot register again: registration: answered 500")
+    site.registration = lambda: OK
+    site.beat()
+    assert site.sender._registered == ("wildduck", "10.0.0.1")
+
+
+def test_no_route_at_the_start(site: Site, caplog: pytest.LogCaptureFixture) -> None:
+    site.ip = None
+    site.beat(3)
+    assert (site.nodes, site.counters.waiting) == ([], 3)
+    [line] = said(caplog)
+    assert "no route to" in line
+
+
+# --- the clock of the node
+
+
+def test_a_wrong_clock_is_said_once(site: Site, caplog: pytest.LogCaptureFixture) -> None:
+    site.answer = lambda request: Answer(201, date="Sun, 15 Jun 2025 14:00:00 GMT")
+    site.clock.wall = 1_749_996_000.0 + 90  # that moment, and 90 s
+    site.beat(3)
+    assert site.sender.clock_offset_s == pytest.approx(90 + 2 * BEAT_S, abs=1)
+    [line] = said(caplog, logging.WARNING)
+    assert "clock is 90 s ahead of the dashboard's" in line
+
+
+def test_two_dashboards_with_clocks_of_their_own(
+    site: Site, caplog: pytest.LogCaptureFixture
+) -> None:
+    dates = iter(["Sun, 15 Jun 2025 14:00:00 GMT", "Sun, 15 Jun 2025 15:06:40 GMT"] * 5)
+    site.answer = lambda request: Answer(201, date=next(dates))
+    site.beat(10)
+    assert len(said(caplog, logging.WARNING)) == 1
+
+
+@pytest.mark.parametrize("offset", [-20, 0, 20])
+def test_a_small_offset_is_not_said(
+    offset: int, site: Site, caplog: pytest.LogCaptureFixture
+) -> None:
+    site.answer = lambda request: Answer(201, date="Sun, 15 Jun 2025 14:00:00 GMT")
+    site.clock.wall = 1_749_996_000.4 + offset
+    site.beat()
+    assert site.sender.clock_offset_s == offset
+    assert said(caplog, logging.WARNING) == []
+
+
+# --- the end
+
+
+def test_flush_delivers_what_waits(site: Site) -> None:
+    site.beat()
+    site.answer = lambda request: NO_ANSWER
+    site.beat(4)
+    site.answer = lambda request: OK
+    site.sender.flush(4.5)
+    assert site.delivered == stamps(1, 5, 4, 3, 2)
+
+
+def test_flush_ends_with_the_first_failure(site: Site) -> None:
+    site.beat()
+    site.answer = lambda request: NO_ANSWER
+    site.beat(4)
+    site.posts.clear()
+    site.sender.flush(4.5)
+    assert (len(site.posts), site.counters.waiting) == (1, 4)
+
+
+def test_flush_ends_with_the_time(site: Site) -> None:
+    site.beat()
+    site.answer = lambda request: NO_ANSWER
+    site.beat(9)
+    site.answer, site.duration_s = (lambda request: OK), 1.0
+    site.sender.flush(4.5)
+    assert site.counters == agent.Counters(10, 6, 0, 0, 4)
+
+
+def test_a_success_with_retry_after_is_no_reason_to_wait(site: Site) -> None:
+    site.answer = lambda request: Answer(200, retry_after="120")
+    site.beat(4)
+    assert site.counters.delivered == 4
+    site.answer = lambda request: Answer(401, retry_after="120")
+    site.beat(4)
+    assert len(site.posts) == 8
+
+
+def test_a_dashboard_that_is_too_slow_is_said(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    site = Site(buffer_size=10)
+    site.duration_s = 0.9 * BEAT_S
+    answers = iter([NO_ANSWER] * 12)
+    site.answer = lambda request: next(answers, OK)
+    for _ in range(40):  # two samples for every post
+        site.seq += 2
+        site.buffer.put(sample(site.seq - 1))
+        site.buffer.put(sample(site.seq))
+        site.sender.step()
+    assert site.counters.dropped > 10
+    assert len([line for line in said(caplog, logging.WARNING) if "dropped" in line]) >= 1
+
+
+def test_flush_leaves_a_dashboard_alone_that_asked_for_it(site: Site) -> None:
+    site.beat()
+    site.answer = lambda request: Answer(429, retry_after="300")
+    site.beat()
+    site.posts.clear()
+    site.sender.flush(4.5)
+    assert site.posts == []
+
+
+def test_status_line(site: Site) -> None:
+    site.beat(3)
+    assert site.sender.status() == "ok: 3 sent, 0 waiting, last 201 in 0 ms"
+    site.answer = lambda request: NO_ANSWER
+    site.beat()
+    assert site.sender.status() == "not delivering: 3 sent, 1 waiting, last unanswered in 0 ms"
+
+
+# --- the buffer
+
+
+def test_the_ring_never_drops_what_is_being_posted() -> None:
+    buffer = Buffer(10)
+    for seq in range(1, 11):
+        buffer.put(sample(seq))
+    oldest = buffer.take_oldest()
+    assert oldest and oldest.seq == 1
+    for seq in range(11, 16):
+        buffer.put(sample(seq))
+    assert buffer.counters() == agent.Counters(15, 0, 0, 5, 10)
+    buffer.settle(delivered=True)
+    assert buffer.counters() == agent.Counters(15, 1, 0, 5, 9)
+    following = buffer.take_oldest()
+    assert following and following.seq == 7
+
+
+def test_the_order_is_that_of_the_samples_whoever_moves_them() -> None:
+    """wait() and counters() of two threads may bring them in the other way round."""
+    buffer = Buffer(10)
+    buffer.put(sample(2))
+    buffer.counters()
+    buffer.put(sample(1))
+    buffer.wait(1)
+    first, newest = buffer.take_oldest(), buffer.newest()
+    assert first and newest and (first.seq, newest.seq) == (1, 2)
+
+
+def test_a_full_buffer_is_small() -> None:
+    collector = agent.Collector(make_config())
+    collector.prime()
+    assert len(collector.collect().packed) * 100 < 160 * 1024
+
+
+ANSWERS = st.sampled_from([
+    OK, NO_ANSWER, Answer(400), Answer(401), Answer(404), Answer(409), Answer(422), Answer(429),
+    Answer(429, retry_after="30"), Answer(500), Answer(301), Answer(200, body=b"<html>"),
+])
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.lists(st.tuples(ANSWERS, ANSWERS), min_size=1, max_size=60), st.integers(1, 5))
+def test_the_equation_holds_whatever_is_answered(
+    script: list[tuple[Answer, Answer]], duration: int
+) -> None:
+    """sampled = delivered + refused + dropped + waiting; nothing is delivered twice; in the end,
+    with a dashboard that is well again, nothing waits."""
+    site = Site(buffer_size=10)
+    site.duration_s = duration / 10
+    for answer, registration in script:
+        site.answer = lambda request, answer=answer: answer  # type: ignore[misc]
+        site.registration = lambda registration=registration: registration  # type: ignore[misc]
+        site.beat()
+        assert site.counters.waiting <= 10
+    site.answer, site.registration = (lambda request: OK), (lambda: OK)
+    site.beat(25)
+    assert site.counters.waiting == 0
+    assert len(set(site.delivered)) == len(site.delivered)
+    assert site.sender._next_try == math.inf
+    assert KEY not in site.sender.status()

@@ -1,0 +1,361 @@
+"""Settings: where they come from, what is wrong with them, and that the key stays secret."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import KEY, ROOT, make_config
+from dashboard import Dashboard
+from hypothesis import given
+from hypothesis import strategies as st
+
+import tinomail_agent as agent
+
+GOOD = {"DASHBOARD_URL": "https://monitor.example.com", "API_KEY": KEY}
+
+
+def problems_of(environ: dict[str, str], env_file: str = os.devnull) -> list[str]:
+    try:
+        agent.load_config(environ, env_file)
+    except agent.SettingsError as error:
+        return error.problems
+    return []
+
+
+def test_defaults() -> None:
+    config = agent.load_config(GOOD, os.devnull)
+    assert config.heartbeat_interval == 15_000
+    assert config.buffer_size == 100
+    assert config.check_host == "127.0.0.1"
+    assert config.check_ports is None
+    assert config.node_role == "auto"
+    assert config.node_id == os.uname().nodename
+    assert config.dashboard_api == "v1"
+    assert config.memory_limit_mb == 64
+
+
+def test_every_row_becomes_a_field() -> None:
+    fields = set(agent.Config.__dataclass_fields__) - {"env_file", "warnings"}
+    assert fields == {setting.name.lower() for setting in agent.SETTINGS}
+
+
+@pytest.mark.parametrize("setting", agent.SETTINGS, ids=lambda s: s.name)
+def test_defaults_and_examples_are_good(setting: agent.Setting, tmp_path: Path) -> None:
+    if setting.default:
+        setting.parse(setting.default)
+    if setting.name != "CA_BUNDLE":  # its example is a file of another machine
+        setting.parse(setting.example)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "says"),
+    [
+        ("DASHBOARD_URL", "monitor.example.com", "must be https://"),
+        ("DASHBOARD_URL", "ftp://monitor.example.com", "must be https://"),
+        ("DASHBOARD_URL", "https://", "must be https://"),
+        ("DASHBOARD_URL", "https://m.example.com:70000", "is not a URL"),
+        ("DASHBOARD_URL", "https://m.example.com:0", "must be https://"),
+        ("DASHBOARD_URL", "https://[::1", "is not a URL"),
+        ("DASHBOARD_URL", f"https://{'x' * 64}.example.com", "a host name, or an IP"),
+        ("DASHBOARD_URL", "https://m..example.com", "a host name, or an IP"),
+        ("DASHBOARD_URL", "https://*.example.com", "a host name, or an IP"),
+        ("DASHBOARD_URL", "HTTP://monitor.example.com", "ALLOW_HTTP=true"),
+        ("NET_INTERFACES", "eth0,", "names of interfaces"),
+        ("DASHBOARD_URL", "https://joe:pass@m.example.com", "user name or password"),
+        ("DASHBOARD_URL", "https://m.example.com/?a=b", "must not hold '?'"),
+        ("DASHBOARD_URL", "https://m.example.com/ x", "holds a blank"),
+        ("DASHBOARD_URL", "https://müller.example", "outside ASCII"),
+        ("DASHBOARD_URL", "http://monitor.example.com", "ALLOW_HTTP=true"),
+        ("DASHBOARD_URL", "http://127.0.0.1.example.com", "ALLOW_HTTP=true"),
+        ("API_KEY", "two words", "without blanks"),
+        ("API_KEY", "a\nb", "without blanks"),
+        ("API_KEY", "schlüssel", "visible ASCII"),
+        ("NODE_ID", "a b", "1 to 100"),
+        ("NODE_ID", "x" * 101, "1 to 100"),
+        ("NODE_ROLE", "mailserver", "one of auto, wildduck"),
+        ("HEARTBEAT_INTERVAL", "0", "from 1000 to 300000"),
+        ("HEARTBEAT_INTERVAL", "15s", "from 1000 to 300000"),
+        ("HEARTBEAT_INTERVAL", "-15000", "from 1000 to 300000"),
+        ("CHECK_PORTS", "70000", "from 1 to 65535"),
+        ("CHECK_PORTS", "25;587", "from 1 to 65535"),
+        ("CHECK_PORTS", "smtp", "from 1 to 65535"),
+        ("CHECK_HOST", "localhost", "not a name"),
+        ("CHECK_MODE", "ping", "connect, listen"),
+        ("DISK_PATHS", "var/mail", "absolute paths"),
+        ("WATCH_PROCESSES", "postfix", "name=program pairs"),
+        ("WATCH_PROCESSES", "Postfix=master", "names in lower case"),
+        ("WATCH_PROCESSES", "redis=redis", "redis is reported anyway"),
+        ("BUFFER_SIZE", "9", "from 10 to 10000"),
+        ("BUFFER_SIZE", "10001", "from 10 to 10000"),
+        ("CA_BUNDLE", "/nowhere/ca.pem", "cannot be read: No such file"),
+        ("CA_BUNDLE", "/etc/passwd", "no certificate"),
+        ("ALLOW_HTTP", "maybe", "true, false"),
+        ("MEMORY_LIMIT_MB", "10", "from 48 to 72"),
+        ("LOG_LEVEL", "loud", "debug, info"),
+        ("DASHBOARD_API", "v9", "one of v1"),
+    ],
+)
+def test_a_bad_value_is_one_line_that_names_the_setting(name: str, value: str, says: str) -> None:
+    [problem] = problems_of({**GOOD, name: value})
+    assert problem.startswith(f"{name}: ")
+    assert says in problem
+    assert "pass" not in problem.replace("password", "")
+
+
+@pytest.mark.parametrize("name", ["DASHBOARD_URL", "API_KEY"])
+def test_a_required_setting_is_missing(name: str) -> None:
+    rest = {n: v for n, v in GOOD.items() if n != name}
+    [problem] = problems_of(rest)
+    assert problem.startswith(f"{name}: is missing (example: {name}=")
+    assert problems_of({**rest, name: ""}) == [problem]
+
+
+def test_all_problems_come_at_once() -> None:
+    bad = {"DASHBOARD_URL": "x", "API_KEY": "a b", "BUFFER_SIZE": "1", "CHECK_PORTS": "70000"}
+    names = [problem.split(":")[0] for problem in problems_of(bad)]
+    assert names == ["DASHBOARD_URL", "API_KEY", "CHECK_PORTS", "BUFFER_SIZE"]
+
+
+@pytest.mark.parametrize(
+    "url", ["http://localhost:8080", "http://127.1.2.3", "http://[::1]:8080/base/"]
+)
+def test_http_is_for_loopback(url: str) -> None:
+    assert make_config(url).dashboard_url == url.rstrip("/")
+
+
+def test_a_scheme_in_upper_case_is_the_same() -> None:
+    assert make_config("HTTPS://Monitor.Example.com/Base").dashboard_url == (
+        "https://Monitor.Example.com/Base"
+    )
+    assert make_config("HTTP://127.0.0.1:80").dashboard_url == "http://127.0.0.1:80"
+
+
+def test_http_elsewhere_only_if_allowed() -> None:
+    assert make_config("http://10.1.2.3", allow_http="true").dashboard_url == "http://10.1.2.3"
+
+
+# --- the env file
+
+
+def write(folder: Path, text: str | bytes) -> str:
+    path = folder / "agent.env"
+    path.write_bytes(text.encode() if isinstance(text, str) else text)
+    path.chmod(0o600)
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("line", "key"),
+    [
+        ("API_KEY=pa$HOME${USER}x", "pa$HOME${USER}x"),
+        ("API_KEY=a#b", "a#b"),
+        ("API_KEY=a#b # the comment", "a#b"),
+        ("""API_KEY=a"b'c""", """a"b'c"""),
+        ("""API_KEY='a"b$c#d'""", 'a"b$c#d'),
+        ("API_KEY=a\\nb\\", "a\\nb\\"),
+        ("  export API_KEY = abc==  ", "abc=="),
+        ("API_KEY=x\r", "x"),
+    ],
+)
+def test_a_key_works_as_it_stands(line: str, key: str, tmp_path: Path) -> None:
+    path = write(tmp_path, f"# settings\nDASHBOARD_URL=https://m.example.com\n{line}\n")
+    assert agent.load_config({}, path).api_key == key
+
+
+@given(st.text(st.characters(min_codepoint=0x21, max_codepoint=0x7E), min_size=1))
+def test_any_visible_ascii_is_a_key(key: str) -> None:
+    assert make_config(api_key=key).api_key == key
+
+
+def test_a_byte_order_mark_is_no_harm(tmp_path: Path) -> None:
+    path = write(tmp_path, b"\xef\xbb\xbfDASHBOARD_URL=https://m.example.com\nAPI_KEY=k\n")
+    assert agent.load_config({}, path).dashboard_url == "https://m.example.com"
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ('API_KEY="abc\n', "line 2: is not NAME=value, or a quote is not closed"),
+        ("API_KEY='abc\n", "line 2: is not NAME=value, or a quote is not closed"),
+        ("\n\nAPI KEY=abc\n", "line 4: is not NAME=value"),
+        ("API_KEY\n", "line 2: is not NAME=value"),
+        ("DASHBORD_URL=x\n", "line 2: there is no setting DASHBORD_URL; did you mean"),
+        ("api_key=x\n", "line 2: unknown setting; did you mean API_KEY?"),
+        ("FLAVOUR=x\n", "line 2: there is no setting FLAVOUR; agent.env.example lists"),
+        (b"NODE_ID=\xff\xfe\n", "line 2: is not UTF-8"),
+    ],
+)
+def test_a_bad_line_is_told_by_its_number(text: str | bytes, says: str, tmp_path: Path) -> None:
+    head = b"DASHBOARD_URL=https://m.example.com\n"
+    path = write(tmp_path, head + (text if isinstance(text, bytes) else text.encode()))
+    problems = problems_of({"API_KEY": KEY}, path)
+    assert any(problem.startswith(f"{path}, {says}") for problem in problems), problems
+
+
+def test_what_may_be_a_piece_of_the_key_is_not_shown(tmp_path: Path) -> None:
+    path = write(tmp_path, "API_KEY=abcdef\nGHIjkl0mn==\nSEVENTEEN pieces\nLATER=\n")
+    text = "\n".join(problems_of({"DASHBOARD_URL": "https://m.example.com"}, path))
+    assert "jkl" not in text and "SEVENTEEN" not in text and "pieces" not in text
+
+
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        (lambda path: None, "No such file"),
+        (lambda path: path.mkdir(), "Is a directory"),
+        (lambda path: path.symlink_to(path), "Too many levels of symbolic links"),
+    ],
+)
+def test_a_file_that_cannot_be_read(make: object, says: str, tmp_path: Path) -> None:
+    path = tmp_path / "agent.env"
+    make(path)  # type: ignore[operator]
+    [problem] = problems_of({}, str(path))  # and no word of what is missing because of it
+    assert problem.startswith(f"{path}: cannot be read: {says}")
+
+
+def test_order_environment_then_file_then_default(tmp_path: Path) -> None:
+    path = write(tmp_path, "DASHBOARD_URL=https://file.example\nAPI_KEY=f\nNODE_ID=file\n")
+    config = agent.load_config({"NODE_ID": "process", "API_KEY": ""}, path)
+    assert (config.node_id, config.api_key, config.buffer_size) == ("process", "f", 100)
+
+
+def test_where_the_file_is_looked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    credentials = tmp_path / "credentials"
+    credentials.mkdir()
+    (credentials / "agent.env").touch()
+    environ = {"CREDENTIALS_DIRECTORY": str(credentials)}
+    assert agent.find_env_file("/x/y", environ) == "/x/y"
+    assert agent.find_env_file(None, environ) == str(credentials / "agent.env")
+    (tmp_path / ".agent.env").touch()
+    assert agent.find_env_file(None, {}) == "./.agent.env"
+    (credentials / "agent.env").unlink()
+    assert agent.find_env_file(None, environ) == "./.agent.env"
+
+
+def test_a_key_that_others_can_read_gets_a_warning(tmp_path: Path) -> None:
+    path = write(tmp_path, "DASHBOARD_URL=https://m.example.com\nAPI_KEY=k\n")
+    assert agent.load_config({}, path).warnings == ()
+    Path(path).chmod(0o644)
+    [warning] = agent.load_config({}, path).warnings
+    assert f"chmod 600 {path}" in warning
+
+
+# --- as an administrator meets it
+
+
+def run(*args: str, cwd: Path = ROOT, **environ: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, str(ROOT / "tinomail_agent.py"), *args],
+        env={"PATH": os.environ["PATH"], **environ}, cwd=cwd, capture_output=True, text=True,
+        timeout=30, check=False,
+    )
+
+
+def test_wrong_settings_end_with_78_and_a_line_each(tmp_path: Path) -> None:
+    path = write(tmp_path, 'API_KEY="tops3cret\nBUFER_SIZE=5\nCHECK_PORTS=70000\n')
+    done = run("--env-file", path, DASHBOARD_URL="http://m.example.com", HEARTBEAT_INTERVAL="0")
+    assert done.returncode == agent.EX_CONFIG == 78
+    assert done.stdout == ""
+    assert "Traceback" not in done.stderr and "tops3cret" not in done.stderr
+    lines = done.stderr.splitlines()
+    for part in ("line 1: is not", "line 2: there is no setting BUFER_SIZE; did you mean BUFFER_",
+                 "CHECK_PORTS: ", "HEARTBEAT_INTERVAL: ", "DASHBOARD_URL: http://"):
+        assert len([line for line in lines if part in line]) == 1, (part, lines)
+
+
+def test_wrong_usage_ends_with_2(tmp_path: Path) -> None:
+    done = run("--onse")
+    assert (done.returncode, "Traceback" in done.stderr) == (2, False)
+
+
+def test_help_lists_every_setting() -> None:
+    text = run("--help").stdout
+    for setting in agent.SETTINGS:
+        assert f"  {setting.name} " in text
+
+
+def test_version() -> None:
+    assert run("--version").stdout == f"tinomail-agent {agent.VERSION}\n"
+
+
+@pytest.mark.parametrize("level", ["debug", "error"])
+@pytest.mark.parametrize("fault", ["off", "echo", "401", "hang-up"])
+def test_the_key_is_in_no_output(
+    level: str, fault: str, dashboard: Dashboard, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An answer that quotes the key, a crash whose exception holds it: it stays out of the log."""
+    if fault == "echo":
+        import dashboard as module
+
+        answer = f'{{"error": "bad key {KEY}", "again": {KEY!r}}}'.encode()
+        location = {"Location": f"https://elsewhere.invalid/?key={KEY}"}
+        monkeypatch.setitem(module.ANSWERS, "400", lambda: (400, location, answer))
+        dashboard.fault = "400"
+    elif fault == "401":
+        dashboard.fault = "401"
+    elif fault == "hang-up":
+        dashboard.fault = "reset"
+    done = run(
+        "--check", DASHBOARD_URL=dashboard.url, API_KEY=KEY, LOG_LEVEL=level, NODE_ID="mta-01"
+    )
+    assert done.returncode == (0 if fault == "off" else 1), done
+    for spelling in (KEY, repr(KEY)[1:-1], KEY[:8]):
+        assert spelling not in done.stdout + done.stderr
+    assert f"set, {len(KEY)} characters" in done.stdout
+    if fault == "echo":
+        assert "bad key ***" in done.stdout
+
+
+def test_a_traceback_does_not_hold_the_key(capfd: pytest.CaptureFixture[str]) -> None:
+    agent.set_up_logging("debug", KEY, {})
+    try:
+        raise ValueError(f"Invalid header value {('Bearer ' + KEY).encode()!r}")
+    except ValueError:
+        agent.log.exception("it failed")
+    text = capfd.readouterr().err
+    assert "Invalid header value" in text and "***" in text
+    assert KEY not in text and KEY[:8] not in text
+
+
+@pytest.mark.parametrize("args", [("--once",), ("--check",), ()])
+@pytest.mark.parametrize("end", ["2>&-", ">/dev/full", "| true"])
+def test_output_that_cannot_be_written(args: tuple[str, ...], end: str, tmp_path: Path) -> None:
+    """No traceback, and no complaint of Python's at its exit."""
+    command = f"{sys.executable} {ROOT}/tinomail_agent.py {' '.join(args)}"
+    done = subprocess.run(
+        ["bash", "-o", "pipefail", "-c", f"timeout -s INT 3 {command} {end}"],
+        env={"PATH": os.environ["PATH"], **GOOD, "DASHBOARD_URL": "http://127.0.0.1:9",
+             "CHECK_PORTS": "1"},
+        capture_output=True, text=True, timeout=30, check=False, cwd=tmp_path,
+    )
+    assert "Traceback" not in done.stderr and "ignored" not in done.stderr
+    assert done.returncode in (0, 1, 124), done
+
+
+@given(st.text(st.characters(min_codepoint=0x21, max_codepoint=0x7E), min_size=6))
+def test_an_echoed_key_is_masked_however_it_is_spelt(key: str) -> None:
+    import html
+    import json
+    import urllib.parse
+
+    spellings = {
+        key, repr(key)[1:-1], json.dumps(key)[1:-1], json.dumps(key)[1:-1].replace("/", "\\/"),
+        html.escape(key), urllib.parse.quote(key, safe=""), urllib.parse.quote(key).lower(),
+        "".join(c if c.isalnum() else f"\\u{ord(c):04x}" for c in key),
+        "".join(c if c.isalnum() else f"&#{ord(c)};" for c in key),
+    }
+    for spelling in spellings:
+        assert agent.mask(f"<{spelling}>", key) == "<***>", spelling
+
+
+def test_once_needs_no_dashboard() -> None:
+    done = run("--once")
+    assert done.returncode == 0, done.stderr
+    assert '"cpu_percent"' in done.stdout

@@ -1,0 +1,597 @@
+"""The way to the dashboard: deadlines, limits, TLS, the environment, and what answers mean."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import re
+import socket
+import ssl
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from datetime import datetime, timedelta, timezone
+from email.utils import format_datetime
+from pathlib import Path
+from typing import BinaryIO
+
+import pytest
+import responses
+import trustme
+from conftest import KEY, ROOT
+from dashboard import ANSWERS, RAW, Dashboard
+from hypothesis import given
+from hypothesis import strategies as st
+
+import tinomail_agent as agent
+from tinomail_agent import Answer, Fate
+
+LIMIT_S = 1.0
+REQUEST = agent.V1.register(agent.Node("mta-01", "host", "10.0.0.1", "haraka"), KEY)
+
+
+def post(server: Dashboard, ca_bundle: str = "", limit_s: float = LIMIT_S) -> Answer:
+    return agent.Transport(server.url, ca_bundle).post(REQUEST, limit_s)
+
+
+# --- faults of the network and the dashboard
+
+
+def test_an_honest_answer(dashboard: Dashboard) -> None:
+    answer = post(dashboard)
+    assert (answer.status, agent.confirmed_id(answer.body)) == (201, "mta-01")
+    assert answer.date and answer.content_type == "application/json"
+    [got] = dashboard.posts
+    assert got.headers["Authorization"] == f"Bearer {KEY}"
+    assert got.headers["User-Agent"] == f"tinomail-agent/{agent.VERSION}"
+    assert "Cookie" not in got.headers
+
+
+@pytest.mark.parametrize(
+    ("fault", "says"),
+    [
+        ("refuse", "connection refused"),
+        ("hang", "no complete answer in time"),
+        ("drip", "no complete answer in time"),
+        ("drip-headers", "no complete answer in time"),
+        ("reset", "closed before the answer was complete"),
+        ("half", "closed before the answer was complete"),
+    ],
+)
+def test_no_answer_is_told_in_our_own_words(fault: str, says: str, dashboard: Dashboard) -> None:
+    dashboard.fault = fault
+    started = time.monotonic()
+    answer = post(dashboard)
+    assert time.monotonic() - started < LIMIT_S + 2  # not the 500 s that it would drip on
+    assert answer.status == 0
+    assert says in answer.reason
+    assert KEY not in answer.reason
+
+
+@pytest.mark.parametrize("fault", ANSWERS)
+def test_answers_arrive_as_they_are(fault: str, dashboard: Dashboard) -> None:
+    dashboard.fault = fault
+    status, headers, body = ANSWERS[fault]()
+    answer = post(dashboard)
+    assert (answer.status, answer.body) == (status, body)
+    assert answer.location == headers.get("Location", "")
+    assert bool(answer.retry_after) == ("Retry-After" in headers)
+
+
+def test_a_redirect_is_not_followed(dashboard: Dashboard) -> None:
+    with Dashboard(KEY) as elsewhere:
+        elsewhere_301 = (301, {"Location": f"{elsewhere.url}/api/v1/nodes"}, b"")
+        ANSWERS["redirect"], before = (lambda: elsewhere_301), ANSWERS["redirect"]
+        try:
+            dashboard.fault = "redirect"
+            assert post(dashboard).status == 301
+        finally:
+            ANSWERS["redirect"] = before
+        assert elsewhere.connections == 0
+
+
+def test_at_most_64_kib_of_an_answer_are_read(dashboard: Dashboard) -> None:
+    dashboard.fault = "huge"
+    transport = agent.Transport(dashboard.url)
+    answer = transport.post(REQUEST, 5.0)
+    assert answer.status == 200
+    assert 32 * 1024 < len(answer.body) <= agent.ANSWER_LIMIT_BYTES
+    dashboard.fault = "off"  # the connection with the rest of it is not used again
+    assert transport.post(REQUEST, LIMIT_S).status == 201
+    assert dashboard.connections == 2
+
+
+@pytest.mark.parametrize(
+    ("raw", "says"),
+    [
+        (b"HTTP/1.1 200 OK\r\n" + b"X: " + b"a" * 60_000 + b"\r\nY: " + b"b" * 60_000, "too long"),
+        (b"SSH-2.0-OpenSSH_9.2\r\n", "not HTTP"),
+        (b"220 mail.example.com ESMTP\r\n", "not HTTP"),
+        (b"", "closed before"),
+        (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n", "closed before"),
+    ],
+)
+def test_answers_of_other_servers(raw: bytes, says: str) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def serve() -> None:
+            connection, _ = listener.accept()
+            with connection:
+                connection.recv(65536)
+                connection.sendall(raw)
+
+        thread = threading.Thread(target=serve, daemon=True)
+        thread.start()
+        answer = agent.Transport(f"http://127.0.0.1:{listener.getsockname()[1]}").post(REQUEST, 3.0)
+        thread.join(5)
+    assert answer.status == 0
+    assert says in answer.reason
+
+
+def test_one_connection_for_many_posts(dashboard: Dashboard) -> None:
+    transport = agent.Transport(dashboard.url)
+    assert [transport.post(REQUEST, LIMIT_S).status for _ in range(100)] == [201] * 100
+    assert dashboard.connections == 1
+
+
+def test_a_connection_that_the_dashboard_closed_meanwhile_is_no_failure(
+    dashboard: Dashboard,
+) -> None:
+    transport = agent.Transport(dashboard.url)
+    assert transport.post(REQUEST, LIMIT_S).status == 201
+    dashboard.drop_connections()  # as a server does after its keep-alive time
+    time.sleep(0.2)
+    assert transport.post(REQUEST, LIMIT_S).status == 201
+
+
+def read_request(stream: BinaryIO) -> bool:
+    """Read one request with its body; tell whether there was one."""
+    head = b""
+    while not head.endswith(b"\r\n\r\n"):
+        line = stream.readline()
+        if not line:
+            return False
+        head += line
+    length = re.search(rb"content-length: (\d+)", head, re.IGNORECASE)
+    assert length
+    return len(stream.read(int(length[1]))) == int(length[1])
+
+
+def serve_raw(*answers: bytes, close: bool = False) -> tuple[str, list[int]]:
+    """Answer each request with raw bytes; with `close`, on a connection of its own each."""
+    listener = socket.create_server(("127.0.0.1", 0))
+    connections = [0]
+
+    def serve() -> None:
+        rest = list(answers)
+        with listener:
+            while rest:
+                connection, _ = listener.accept()
+                connections[0] += 1
+                with connection, connection.makefile("rb") as stream:
+                    while rest and read_request(stream):
+                        connection.sendall(rest.pop(0))
+                        if close:
+                            break
+
+    threading.Thread(target=serve, daemon=True).start()
+    return f"http://127.0.0.1:{listener.getsockname()[1]}", connections
+
+
+TAKEN = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}"
+
+
+def test_a_server_that_closes_after_each_answer_without_a_word() -> None:
+    """The next request meets a connection that is gone: it is sent again at once, on a new one."""
+    url, connections = serve_raw(*[TAKEN] * 20, close=True)
+    transport = agent.Transport(url)
+    assert [transport.post(REQUEST, 3.0).status for _ in range(20)] == [200] * 20
+    assert connections == [20]
+
+
+def test_a_new_connection_that_is_closed_is_not_tried_again() -> None:
+    url, connections = serve_raw(b"", b"", close=True)
+    assert agent.Transport(url).post(REQUEST, 3.0).status == 0
+    assert connections == [1]
+
+
+def test_a_server_that_goes_away_is_asked_once(dashboard: Dashboard) -> None:
+    transport = agent.Transport(dashboard.url)
+    assert transport.post(REQUEST, LIMIT_S).status == 201
+    dashboard.fault = "refuse"
+    assert transport.post(REQUEST, LIMIT_S).reason == "connection refused"
+
+
+def test_interim_answers_are_skipped() -> None:
+    early = b"HTTP/1.1 103 Early Hints\r\nLink: </a>\r\n\r\nHTTP/1.1 100 Continue\r\n\r\n"
+    url, _ = serve_raw(early + TAKEN)
+    assert agent.Transport(url).post(REQUEST, 3.0).status == 200
+
+
+def test_an_answer_that_is_compressed_all_the_same() -> None:
+    body = gzip.compress(b'{"success": false}')
+    head = b"HTTP/1.1 200 OK\r\nContent-Encoding: gzip\r\nContent-Length: %d\r\n\r\n"
+    url, _ = serve_raw(head % len(body) + body, head % 4 + b"junk")
+    transport = agent.Transport(url)
+    assert agent.judge(transport.post(REQUEST, 3.0), KEY).fate is Fate.KEPT
+    assert transport.post(REQUEST, 3.0).body == b"junk"
+
+
+def test_a_bomb_does_not_go_off() -> None:
+    body = gzip.compress(bytes(50_000_000))
+    head = b"HTTP/1.1 200 OK\r\nContent-Encoding: gzip\r\nContent-Length: %d\r\n\r\n"
+    url, _ = serve_raw(head % len(body) + body)
+    assert len(agent.Transport(url).post(REQUEST, 3.0).body) <= agent.ANSWER_LIMIT_BYTES
+
+
+def test_a_name_that_cannot_be_resolved(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise socket.gaierror(-2, "Name or service not known")
+
+    monkeypatch.setattr(socket, "getaddrinfo", fail)
+    transport = agent.Transport("https://nowhere.invalid")
+    assert "cannot be resolved" in transport.post(REQUEST, LIMIT_S).reason
+    assert transport.source_ip() is None
+
+
+def test_name_resolution_is_outside_the_deadline(
+    dashboard: Dashboard, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = agent.resolve
+
+    def slow(host: str, port: int) -> object:
+        time.sleep(LIMIT_S + 0.3)
+        return real(host, port)
+
+    monkeypatch.setattr(agent, "resolve", slow)
+    assert post(dashboard).status == 201
+
+
+def test_the_next_address_gets_its_share_of_the_time(
+    dashboard: Dashboard, deaf_port: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A name with a dead address first: the deadline is shared, not spent on it."""
+    addresses = [(socket.AF_INET, ("127.0.0.1", deaf_port)),
+                 (socket.AF_INET, dashboard.server_address)]
+    monkeypatch.setattr(agent, "resolve", lambda host, port: addresses)
+    assert post(dashboard).status == 201
+
+
+def test_source_ip(dashboard: Dashboard) -> None:
+    assert agent.Transport(dashboard.url).source_ip() == "127.0.0.1"
+    assert agent.source_ip(("::1", 80, 0, 0)) == "::1"
+
+
+# --- TLS
+
+
+@pytest.fixture(scope="module")
+def ca() -> trustme.CA:
+    return trustme.CA()
+
+
+def certificate(
+    ca: trustme.CA, folder: Path, *names: str, not_after: datetime | None = None
+) -> tuple[str, str]:
+    issued = ca.issue_cert(*names, not_after=not_after)
+    cert, key = folder / "cert.pem", folder / "key.pem"
+    key.write_bytes(issued.private_key_pem.bytes())
+    cert.write_bytes(b"".join(blob.bytes() for blob in issued.cert_chain_pems))
+    return str(cert), str(key)
+
+
+@pytest.fixture
+def bundle(ca: trustme.CA, tmp_path: Path) -> str:
+    path = tmp_path / "ca.pem"
+    ca.cert_pem.write_to_path(str(path))
+    return str(path)
+
+
+@pytest.fixture
+def tls_dashboard(ca: trustme.CA, tmp_path: Path) -> Iterator[Dashboard]:
+    with Dashboard(KEY, tls=certificate(ca, tmp_path, "127.0.0.1", "localhost")) as server:
+        yield server
+
+
+def test_ca_bundle(tls_dashboard: Dashboard, bundle: str) -> None:
+    transport = agent.Transport(tls_dashboard.url, bundle)
+    assert [transport.post(REQUEST, 3.0).status for _ in range(20)] == [201] * 20
+    assert tls_dashboard.connections == 1
+
+
+def test_a_ca_that_is_not_trusted(tls_dashboard: Dashboard) -> None:
+    answer = post(tls_dashboard, limit_s=3.0)
+    assert answer.status == 0
+    assert "a CA that this node does not trust" in answer.reason and "CA_BUNDLE" in answer.reason
+    assert tls_dashboard.posts == []
+
+
+def test_an_expired_certificate(ca: trustme.CA, bundle: str, tmp_path: Path) -> None:
+    past = datetime.now(timezone.utc) - timedelta(days=2)
+    with Dashboard(KEY, tls=certificate(ca, tmp_path, "127.0.0.1", not_after=past)) as server:
+        reason = post(server, bundle, 3.0).reason
+    assert "has expired" in reason and "CA_BUNDLE" in reason
+
+
+def test_a_certificate_for_another_name(ca: trustme.CA, bundle: str, tmp_path: Path) -> None:
+    with Dashboard(KEY, tls=certificate(ca, tmp_path, "other.example.com")) as server:
+        by_address = post(server, bundle, 3.0).reason
+        server.url = server.url.replace("127.0.0.1", "localhost")
+        by_name = post(server, bundle, 3.0).reason
+    assert "is for another" in by_address and "CA_BUNDLE" in by_address
+    assert "is for another name" in by_name and "CA_BUNDLE" in by_name
+
+
+def test_a_self_signed_certificate(tmp_path: Path) -> None:
+    cert, key = str(tmp_path / "c.pem"), str(tmp_path / "k.pem")
+    subprocess.run(
+        ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-keyout", key, "-out", cert,
+         "-days", "2", "-subj", "/CN=127.0.0.1", "-addext", "subjectAltName=IP:127.0.0.1"],
+        check=True, capture_output=True,
+    )
+    with Dashboard(KEY, tls=(cert, key)) as server:
+        reason = post(server, limit_s=3.0).reason
+        assert "is self-signed" in reason and "CA_BUNDLE" in reason
+        assert post(server, cert, 3.0).status == 201  # the way out that the line names
+
+
+def test_https_to_a_port_that_speaks_http(dashboard: Dashboard) -> None:
+    dashboard.url = dashboard.url.replace("http://", "https://")
+    assert "TLS failed" in post(dashboard, limit_s=3.0).reason
+
+
+def test_a_handshake_that_stalls_ends_at_the_deadline() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:  # accepts, and says nothing
+        url = f"https://127.0.0.1:{listener.getsockname()[1]}"
+        started = time.monotonic()
+        answer = agent.Transport(url).post(REQUEST, LIMIT_S)
+    assert "no complete answer in time" in answer.reason
+    assert time.monotonic() - started < LIMIT_S + 2
+
+
+def run_check(home: Path, url: str, **environ: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, str(ROOT / "tinomail_agent.py"), "--check", "--env-file", os.devnull],
+        env={"PATH": os.environ["PATH"], "HOME": str(home), "DASHBOARD_URL": url, "API_KEY": KEY,
+             "NODE_ID": "mta-01", "CHECK_PORTS": "1", **environ},
+        capture_output=True, text=True, timeout=30, check=False,
+    )
+
+
+def test_the_environment_changes_nothing(
+    tls_dashboard: Dashboard, bundle: str, tmp_path: Path
+) -> None:
+    """REQUESTS_CA_BUNDLE, a proxy and ~/.netrc: requests would follow all three."""
+    (tmp_path / ".netrc").write_text("machine 127.0.0.1 login joe password secret\n")
+    (tmp_path / ".netrc").chmod(0o600)
+    proxy = {f"{name}_proxy": "http://127.0.0.1:9" for name in ("http", "https", "all")}
+    trusted = dict.fromkeys(("REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", "SSL_CERT_FILE"), bundle)
+    url = tls_dashboard.url
+    refused = run_check(tmp_path, url, **trusted, **proxy)
+    assert refused.returncode == 1
+    assert "a CA that this node does not trust" in refused.stdout
+    wrong = dict.fromkeys(trusted, "/nowhere/ca.pem")
+    taken = run_check(tmp_path, url, CA_BUNDLE=bundle, **wrong, **proxy)
+    assert taken.returncode == 0, taken.stdout
+    assert [p.headers["Authorization"] for p in tls_dashboard.posts] == [f"Bearer {KEY}"]
+
+
+def test_a_broken_system_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "ca.crt").touch()
+    monkeypatch.setattr(agent, "SYSTEM_CA", str(tmp_path / "ca.crt"))
+    assert agent.tls_context("").get_ca_certs()
+
+
+def test_the_system_store_is_the_default() -> None:
+    names = {tuple(sorted(cert["serialNumber"] for cert in context.get_ca_certs())) for context in (
+        agent.tls_context(""), ssl.create_default_context(cafile=agent.SYSTEM_CA))}
+    assert len(names) == 1
+
+
+# --- what an answer means
+
+
+@responses.activate
+def judged(status: int, body: str = "{}", content_type: str = "application/json") -> agent.Verdict:
+    url = "https://monitor.example.com"
+    responses.add(responses.POST, f"{url}/api/v1/nodes", body=body, status=status,
+                  content_type=content_type)
+    return agent.judge(agent.Transport(url).post(REQUEST), KEY)
+
+
+EXPECTED = {
+    **dict.fromkeys((200, 201, 202, 204, 409), Fate.DELIVERED),
+    **dict.fromkeys((408, 425, 429, 500, 502, 503, 504, 599), Fate.RETRY),
+    **dict.fromkeys((401, 403, 301, 302, 307, 308, 402, 405, 410, 418, 451), Fate.KEPT),
+    **dict.fromkeys((400, 413, 415, 422), Fate.REFUSED),
+    404: Fate.REGISTER,
+}
+
+
+@pytest.mark.parametrize(("status", "fate"), EXPECTED.items())
+def test_the_table_of_answers(status: int, fate: Fate) -> None:
+    verdict = judged(status, "" if status == 204 else "{}")
+    assert verdict.fate is fate
+    if fate is not Fate.DELIVERED:
+        assert verdict.problem.startswith(f"answered {status}")
+
+
+@pytest.mark.parametrize(("status", "body"), [(204, ""), (200, ""), (200, '{"success": true}')])
+def test_a_careless_content_type_is_no_web_page(status: int, body: str) -> None:
+    assert judged(status, body, "text/html; charset=utf-8").fate is Fate.DELIVERED
+
+
+@pytest.mark.parametrize(
+    ("body", "content_type"),
+    [("<html></html>", "text/plain"), ("Welcome", "text/html; charset=utf-8"),
+     ("\ufeff\n <!DOCTYPE HTML><title>Login", "application/json"), ("x", "application/xhtml+xml")],
+)
+def test_a_web_page_is_no_delivery(body: str, content_type: str) -> None:
+    verdict = judged(200, body, content_type)
+    assert verdict.fate is Fate.KEPT and "web page" in verdict.problem
+
+
+@pytest.mark.parametrize(
+    ("body", "delivered"),
+    [('{"success": false, "error": "no"}', False), ('{"success": true}', True), ("", True),
+     ("null", True), ("[]", True), ("{", True), ('{"success": "false"}', True),
+     ('{"data": {"success": false}}', True), ("[" * 5000, True)],
+)
+def test_success_false(body: str, delivered: bool) -> None:
+    assert (judged(200, body).fate is Fate.DELIVERED) is delivered
+
+
+@pytest.mark.parametrize(
+    ("body", "node_id"),
+    [
+        ('{"node_id": "a", "id": "b"}', "a"),
+        ('{"nodeId": "a", "id": "b"}', "a"),
+        ('{"id": 7}', "7"),
+        ('{"success": true, "data": {"id": "a"}}', "a"),
+        ('{"data": {"nodeId": "a"}}', "a"),
+        ('{"id": "request-1", "data": {"node_id": "a"}}', "a"),
+        ('{"node_id": "  "}', None),
+        ('{"node_id": ""}', None), ('{"id": true}', None), ('{"id": null}', None), ("[]", None),
+        ("", None), ('{"data": []}', None), ("x", None),
+    ],
+)
+def test_the_confirmed_id(body: str, node_id: str | None) -> None:
+    assert agent.confirmed_id(body.encode()) == node_id
+
+
+@given(st.binary(max_size=200), st.integers(100, 999), st.text(max_size=20), st.text(max_size=40))
+def test_no_answer_breaks_the_judge(
+    body: bytes, status: int, content_type: str, header: str
+) -> None:
+    answer = Answer(status, "", body, content_type, header, header, header)
+    verdict = agent.judge(answer, KEY)
+    assert isinstance(verdict.fate, Fate)
+    assert "\n" not in str(verdict) and len(str(verdict)) < 400
+    assert 0 <= agent.retry_after_s(answer, 0.0) <= agent.RETRY_AFTER_LIMIT_S
+    agent.confirmed_id(body)
+
+
+def test_an_excerpt_is_one_short_line_without_the_key() -> None:
+    text = f"key {KEY} json {json.dumps(KEY)} \x1b[31m\r\nnext".encode() + b"\xff" * 300
+    shown = agent.excerpt(text, KEY)
+    assert len(shown) == agent.EXCERPT_CHARS and shown.isprintable()
+    assert KEY not in shown and shown.startswith("key *** json \"***\" ?[31m??next")
+    assert agent.excerpt(b"", KEY) == "(empty)"
+
+
+NOW = datetime(2026, 11, 23, 12, 0, 0, tzinfo=timezone.utc)
+
+
+def http(moment: datetime) -> str:
+    return format_datetime(moment, usegmt=True)
+
+
+@pytest.mark.parametrize(
+    ("retry_after", "seconds"),
+    [
+        ("30", 30), (" 7 ", 7), ("100000", 300), ("-5", 0), ("soon", 0), ("", 0), ("1e3", 0),
+        (http(NOW + timedelta(seconds=42)), 42),
+        (http(NOW + timedelta(days=1)), 300),
+        (http(NOW - timedelta(days=1)), 0),
+    ],
+)
+def test_retry_after(retry_after: str, seconds: float) -> None:
+    """A date counts from the answer's own Date: this node's clock may be a year off."""
+    answer = Answer(429, date=http(NOW), retry_after=retry_after)
+    assert agent.retry_after_s(answer, NOW.timestamp() + 31_536_000) == seconds
+
+
+def test_retry_after_without_a_date_of_the_answer() -> None:
+    answer = Answer(429, retry_after=http(NOW + timedelta(seconds=42)))
+    assert agent.retry_after_s(answer, NOW.timestamp()) == 42
+
+
+def test_backoff() -> None:
+    assert [agent.backoff_s(n, 0.5) for n in (1, 2, 3, 4)] == [1.0, 2.0, 4.0, None]
+    assert [agent.backoff_s(2, jitter) for jitter in (0.0, 1.0)] == [1.5, 2.5]
+
+
+# --- the dialect
+
+
+def test_v1() -> None:
+    packed = agent.pack({"timestamp": "t", "role": "haraka", "system": {"open_files": 1}})
+    request = agent.V1.sample(packed, "id-7", KEY)
+    assert request.path == "/api/v1/metrics/system"
+    assert request.headers == {
+        "Authorization": f"Bearer {KEY}", "Content-Type": "application/json",
+        "Content-Encoding": "gzip",
+    }
+    assert json.loads(gzip.decompress(request.body)) == {
+        "node_id": "id-7", "timestamp": "t", "system": {"open_files": 1},
+    }
+    assert "Content-Encoding" not in REQUEST.headers
+    assert json.loads(REQUEST.body) == {
+        "node_id": "mta-01", "hostname": "host", "ip": "10.0.0.1", "role": "haraka",
+        "version": agent.VERSION,
+    }
+
+
+# --- the stand-in dashboard itself is strict
+
+
+GOOD = {"node_id": "mta-01", "timestamp": "2026-01-01T00:00:00.000Z", "system": {"open_files": 1}}
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"timestamp": "2026-01-01T00:00:00Z"}, "timestamp is not ISO"),
+        ({"timestamp": "2026-13-01T00:00:00.000Z"}, "timestamp is no date"),
+        ({"system": {"open_files": 1.5}}, "system .open_files is not an integer"),
+        ({"system": {"open_files": None}}, "open_files is not an integer"),
+        ({"system": {"open_files": True}}, "open_files is not an integer"),
+        ({"system": {"open_files": -1}}, "not within 0"),
+        ({"system": {"cpu_percent": 100.04}}, "cpu_percent is not within"),
+        ({"system": {"colour": 1}}, ".colour is unknown"),
+        ({"colour": 1}, ".colour is unknown"),
+        ({"services": {"port_25": 1}}, "is not true or false"),
+        ({"processes": {"redis": {"status": "up"}}}, ".redis"),
+        ({"processes": {"redis": {"status": "running", "pid": None, "memory_mb": 0,
+                                  "cpu_percent": 0}}}, "does not go with its pid"),
+        ({"agent": {"rss_bytes": 0}}, ".rss_bytes is not within"),
+    ],
+)
+def test_the_stand_in_refuses(change: dict[str, object], says: str, dashboard: Dashboard) -> None:
+    transport = agent.Transport(dashboard.url)
+    assert transport.post(REQUEST).status == 201
+    body = gzip.compress(json.dumps({**GOOD, **change}).encode())
+    headers = agent.V1.sample(agent.pack({"role": ""}), "x", KEY).headers
+    answer = transport.post(agent.Request("/api/v1/metrics/system", headers, body))
+    assert answer.status == 422
+    assert says in answer.body.decode()
+    assert dashboard.stored() == []
+
+
+@pytest.mark.parametrize(
+    ("headers", "body", "status"),
+    [
+        ({"Authorization": "Bearer wrong"}, gzip.compress(b"{}"), 401),
+        ({"Authorization": ""}, gzip.compress(b"{}"), 401),
+        ({"Content-Encoding": "identity"}, json.dumps(GOOD).encode(), 415),
+        ({"Content-Type": "text/plain"}, gzip.compress(b"{}"), 415),
+        ({}, b"no gzip", 422),
+        ({}, gzip.compress(b'{"a": NaN}'), 422),
+        ({}, gzip.compress(b'{"a": 1, "a": 2}'), 422),
+        ({}, gzip.compress(json.dumps({**GOOD, "node_id": "stranger"}).encode()), 404),
+    ],
+)
+def test_the_stand_in_refuses_what_is_no_proper_post(
+    headers: dict[str, str], body: bytes, status: int, dashboard: Dashboard
+) -> None:
+    good = agent.V1.sample(agent.pack({"role": ""}), "x", KEY).headers
+    request = agent.Request("/api/v1/metrics/system", {**good, **headers}, body)
+    assert agent.Transport(dashboard.url).post(request).status == status
+
+
+def test_every_fault_has_a_test() -> None:
+    covered = {"hang", "drip", "drip-headers", "reset", "half", "huge"}
+    assert set(RAW) == covered

@@ -1,0 +1,2857 @@
+#!/usr/bin/env python3
+"""TinoMail agent: samples a mail node and reports it to a dashboard.
+
+Every HEARTBEAT_INTERVAL it reads CPU, memory, disks, network, TCP, the mail daemons and the
+mail ports of this machine, and posts them as gzip JSON to DASHBOARD_URL with API_KEY.
+
+    timer -> collector thread -> queue.Queue -> sender thread -> POST -> dashboard
+                                                   |   ^ newest first, then 10 of the oldest
+                                                   v   |
+                                                  buffer (a ring of BUFFER_SIZE samples)
+    main thread: signals, progress of both threads, memory, systemd's notify socket
+
+Collecting never waits for the network, sending never delays a sample, and a sample leaves the
+buffer only when it was delivered or refused for good. What cannot be read is absent from the
+sample and counted; it is never a made-up 0.
+
+Exit codes: 0 stopped or done, 1 failed, 2 wrong usage, 78 wrong settings (EX_CONFIG).
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import errno
+import faulthandler
+import functools
+import gzip
+import http.client
+import http.cookiejar
+import io
+import json
+import logging
+import math
+import os
+import queue
+import random
+import re
+import select
+import signal
+import socket
+import ssl
+import stat
+import struct
+import sys
+import threading
+import time
+import zlib
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from email.utils import parsedate_to_datetime
+from enum import Enum
+from typing import Any, NamedTuple, TypeVar
+from urllib.parse import urlsplit
+
+import dotenv.parser
+import psutil
+import requests
+import requests.adapters
+import requests.certs
+import sdnotify
+import urllib3  # requests' own: its connections get a deadline here
+import urllib3.connection
+
+VERSION = "1.0.0"
+EX_CONFIG = 78  # sysexits.h
+
+PRIME_S = 1.0  # the first rates and CPU shares are measured over this long
+PORT_CHECK_LIMIT_S = 3.0  # for all ports together
+REQUEST_DEADLINE_S = 10.0  # connect, TLS, request and answer together; name resolution aside
+ANSWER_LIMIT_BYTES = 64 * 1024
+BACKOFF_S = (1.0, 2.0, 4.0)  # before the 1st, 2nd and 3rd retry
+TRIES = 1 + len(BACKOFF_S)
+RETRY_AFTER_LIMIT_S = 300.0
+REFUSAL_WINDOW_S = 300.0  # a refusal counts only if others were delivered this recently
+REFUSALS_BY_5XX = 5  # a sample that fails this often while others get through is set aside
+DRAIN_PER_SUCCESS = 10
+STOP_LIMIT_S = 5.0
+CLOCK_OFFSET_LIMIT_S = 30
+SENDER_WAKE_S = 10.0  # the idle sender shows that it lives this often
+SUPERVISE_S = 1.0
+EXCERPT_CHARS = 200  # of a dashboard's answer, in the log
+DISKS_LIMIT = 16  # rows of system.disks, the fullest first: a post stays under 2 KB
+CLOCK_TICKS = os.sysconf("SC_CLK_TCK")
+PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
+MIB = 1024 * 1024
+
+log = logging.getLogger("tinomail_agent")
+
+# What a reader of /proc, sysfs or psutil raises when a metric cannot be had.
+READ_ERRORS = (
+    OSError, ValueError, LookupError, RuntimeError, TypeError, AttributeError, struct.error,
+    psutil.Error,
+)
+
+
+# --- settings -----------------------------------------------------------------------------
+
+
+class SettingsError(Exception):
+    """Wrong settings; `problems` holds one line for each."""
+
+    def __init__(self, problems: list[str]) -> None:
+        super().__init__("\n".join(problems))
+        self.problems = problems
+
+
+# Parts of 1 to 63 letters; urlsplit has lowered them and taken the brackets off an IPv6 address.
+HOST = re.compile(r"([a-z0-9_]([a-z0-9_-]{0,62})(\.|$))+|[0-9a-f]*:[0-9a-f:.]+")
+
+
+def _url(text: str) -> str:
+    if not text.isascii() or any(c <= " " or c == "\x7f" for c in text):
+        raise ValueError("holds a blank, a control character or a letter outside ASCII")
+    try:
+        parts = urlsplit(text)
+        port = parts.port
+    except ValueError:
+        raise ValueError("is not a URL: look at its port and brackets") from None
+    if "@" in parts.netloc:
+        raise ValueError("must not hold a user name or password; the key belongs in API_KEY")
+    if parts.scheme not in ("http", "https") or not parts.hostname or port == 0:
+        raise ValueError("must be https://, a host name and, if need be, a port and a path")
+    if "?" in text or "#" in text:
+        raise ValueError("must not hold '?' or '#'")
+    if not HOST.fullmatch(parts.hostname):
+        raise ValueError("must hold a host name, or an IP address ([..] around an IPv6 one)")
+    return parts.geturl().rstrip("/")  # with the scheme in lower case
+
+
+def _key(text: str) -> str:
+    if not all("!" <= c <= "~" for c in text):
+        raise ValueError("must be visible ASCII without blanks or line breaks")
+    return text
+
+
+def _node_id(text: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9._:@-]{1,100}", text):
+        raise ValueError("must be 1 to 100 letters, digits or . _ : @ -")
+    return text
+
+
+def _whole(low: int, high: int) -> Callable[[str], int]:
+    def parse(text: str) -> int:
+        if not re.fullmatch(r"[0-9]{1,9}", text) or not low <= int(text) <= high:
+            raise ValueError(f"must be a whole number from {low} to {high}")
+        return int(text)
+
+    return parse
+
+
+def _choice(*names: str) -> Callable[[str], str]:
+    def parse(text: str) -> str:
+        if text.lower() not in names:
+            raise ValueError(f"must be one of {', '.join(names)}")
+        return text.lower()
+
+    return parse
+
+
+def _flag(text: str) -> bool:
+    return _choice("true", "false")(text) == "true"
+
+
+def _ports(text: str) -> tuple[int, ...] | None:
+    if text.lower() == "auto":
+        return None
+    try:
+        return tuple(dict.fromkeys(map(_whole(1, 65535), re.split(r"[,\s]+", text))))
+    except ValueError:
+        raise ValueError("must be auto or port numbers from 1 to 65535, with commas") from None
+
+
+def _ip_literal(text: str) -> str:
+    for family in (socket.AF_INET, socket.AF_INET6):
+        try:
+            return socket.inet_ntop(family, socket.inet_pton(family, text))
+        except OSError:
+            continue
+    raise ValueError("must be an IPv4 or IPv6 address, not a name")
+
+
+def _names(text: str) -> tuple[str, ...] | None:
+    if text.lower() == "auto":
+        return None
+    names = tuple(dict.fromkeys(re.split(r"[,\s]+", text)))
+    if not all(re.fullmatch(r"[^/\0]{1,15}", name) for name in names):
+        raise ValueError("must be auto or names of interfaces, with commas")
+    return names
+
+
+def _paths(text: str) -> tuple[str, ...] | None:
+    if text.lower() == "auto":
+        return None
+    paths = tuple(path.strip() for path in text.split(","))
+    if not all(path.startswith("/") and "\0" not in path for path in paths):
+        raise ValueError("must be auto or absolute paths, with commas")
+    return paths
+
+
+def _watched(text: str) -> tuple[tuple[str, str], ...]:
+    pairs = []
+    for pair in filter(None, re.split(r"[,\s]+", text)):
+        found = re.fullmatch(r"([a-z0-9][a-z0-9_.-]{0,31})=([!-~]{1,255})", pair)
+        if not found:
+            raise ValueError("must be name=program pairs, with commas; names in lower case")
+        if found[1] in SERVICES:
+            raise ValueError(f"{found[1]} is reported anyway; take another name")
+        pairs.append((found[1], found[2][:15]))  # the kernel cuts comm to 15 bytes
+    return tuple(pairs)
+
+
+def _ca_bundle(text: str) -> str:
+    if text:
+        try:
+            ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(cafile=text)
+        except ssl.SSLError:
+            raise ValueError("holds no certificate in PEM form") from None
+        except OSError as error:
+            raise ValueError(f"cannot be read: {os.strerror(error.errno or 0)}") from None
+    return text
+
+
+SERVICES = ("zonemta", "wildduck", "haraka", "rspamd", "redis", "mongodb")
+
+# The ports that matter on a node, by its role; CHECK_PORTS overrides.
+MAIL_PORTS = (25, 587, 993, 995, 12080, 11334)
+ROLE_PORTS = {
+    "wildduck": MAIL_PORTS,
+    "zonemta-outbound": (587, 12080),
+    "zonemta-local": (587, 12080),
+    "haraka": (25,),
+    "rspamd": (11334,),
+    "redis": (6379,),
+    "mongodb": (27017,),
+    "unknown": MAIL_PORTS,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """One setting: how its text becomes a value, and what an administrator is told of it."""
+
+    name: str
+    parse: Callable[[str], Any]
+    default: str  # "" with `required`: there is none
+    help: str
+    example: str
+    required: bool = False
+    secret: bool = False
+
+
+SETTINGS = (
+    Setting(
+        "DASHBOARD_URL", _url, "", "address of the dashboard", "https://monitor.example.com",
+        required=True,
+    ),
+    Setting(
+        "API_KEY", _key, "", "key that the dashboard gave out for its agents", "k3yOfTheDashboard",
+        required=True, secret=True,
+    ),
+    Setting("NODE_ID", _node_id, "", "name of this node; empty: its host name", "mta-01"),
+    Setting(
+        "NODE_ROLE", _choice("auto", *ROLE_PORTS), "auto",
+        "role of this node; auto: by the mail daemons that run", "zonemta-outbound",
+    ),
+    Setting(
+        "HEARTBEAT_INTERVAL", _whole(1_000, 300_000), "15000",
+        "time between two samples, in milliseconds", "15000",
+    ),
+    Setting(
+        "LOG_LEVEL", _choice("debug", "info", "warning", "error"), "info",
+        "least level that is logged: debug, info, warning or error", "info",
+    ),
+    Setting(
+        "CHECK_PORTS", _ports, "auto", "TCP ports to check; auto: those of the role", "25,587,993",
+    ),
+    Setting("CHECK_HOST", _ip_literal, "127.0.0.1", "IP address to check them at", "10.0.0.5"),
+    Setting(
+        "CHECK_MODE", _choice("connect", "listen"), "connect",
+        "connect to each port, or ask the kernel who listens (nothing in the mail log)", "listen",
+    ),
+    Setting(
+        "DISK_PATHS", _paths, "auto", "file systems to report; auto: all local ones", "/,/var/mail",
+    ),
+    Setting(
+        "NET_INTERFACES", _names, "auto",
+        "interfaces to add up; auto: those with hardware behind them", "eth0,eth1",
+    ),
+    Setting(
+        "WATCH_PROCESSES", _watched, "",
+        "more services to report, as name=program (the exact name that ps -o comm shows)",
+        "postfix=master,dovecot=dovecot",
+    ),
+    Setting(
+        "BUFFER_SIZE", _whole(10, 10_000), "100",
+        "samples kept while the dashboard cannot be reached", "1000",
+    ),
+    Setting(
+        "CA_BUNDLE", _ca_bundle, "", "PEM file with the CA to trust; empty: the system's store",
+        "/etc/ssl/certs/my-ca.pem",
+    ),
+    Setting(
+        "ALLOW_HTTP", _flag, "false", "true: send the key over http:// to another machine", "true",
+    ),
+    Setting(
+        "MEMORY_LIMIT_MB", _whole(48, 72), "64",
+        "resident memory in MiB above which the agent asks systemd for a restart", "64",
+    ),
+    Setting("DASHBOARD_API", _choice("v1"), "v1", "dialect that the dashboard speaks", "v1"),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Config:
+    """All settings, parsed: a field per row of SETTINGS, in lower case."""
+
+    dashboard_url: str
+    api_key: str = field(repr=False)
+    node_id: str
+    node_role: str
+    heartbeat_interval: int  # milliseconds
+    log_level: str
+    check_ports: tuple[int, ...] | None  # None: auto
+    check_host: str
+    check_mode: str
+    disk_paths: tuple[str, ...] | None  # None: auto
+    net_interfaces: tuple[str, ...] | None  # None: auto
+    watch_processes: tuple[tuple[str, str], ...]  # (service, comm)
+    buffer_size: int
+    ca_bundle: str
+    allow_http: bool
+    memory_limit_mb: int
+    dashboard_api: str
+    env_file: str  # where settings were read from; "" for the environment alone
+    warnings: tuple[str, ...]
+
+    @property
+    def interval_s(self) -> float:
+        return self.heartbeat_interval / 1000
+
+
+KNOWN_NAMES = frozenset(setting.name for setting in SETTINGS)
+NEWLINE = re.compile(r"\r\n|\n|\r")
+
+
+def find_env_file(option: str | None, environ: Mapping[str, str]) -> str:
+    """Return the env file to read ("" if there is none): --env-file, credential, ./, /etc."""
+    if option is not None:
+        return option
+    places = ["./.agent.env", "/etc/tinomail-agent/agent.env"]
+    if "CREDENTIALS_DIRECTORY" in environ:  # systemd.exec(5), LoadCredential=
+        places.insert(0, os.path.join(environ["CREDENTIALS_DIRECTORY"], "agent.env"))
+    return next((place for place in places if os.path.lexists(place)), "")
+
+
+def parse_env(data: bytes) -> tuple[dict[str, str], list[str]]:
+    """Parse the bytes of an env file into (name -> value, problems), without interpolation."""
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data[: error.start].count(b"\n") + 1
+        return {}, [f"line {line}: is not UTF-8 text; save the file as UTF-8"]
+    values: dict[str, str] = {}
+    problems: list[str] = []
+    for binding in dotenv.parser.parse_stream(io.StringIO(text)):
+        blank = re.match(r"\s*", binding.original.string)[0]  # type: ignore[index]
+        where = f"line {binding.original.line + len(re.findall(NEWLINE, blank))}"
+        if binding.error or (binding.key is not None and binding.value is None):
+            problems.append(
+                f"{where}: is not NAME=value, or a quote is not closed (example: NODE_ROLE=auto)"
+            )
+        elif binding.key in KNOWN_NAMES:
+            values[binding.key] = binding.value or ""
+        elif binding.key is not None:
+            problems.append(f"{where}: {_unknown_name(binding.key)}")
+    return values, problems
+
+
+def _unknown_name(name: str) -> str:
+    """Say what may have been meant. What does not look like a name may be a piece of the key."""
+    import difflib  # only when something is wrong
+
+    near = difflib.get_close_matches(name.upper(), KNOWN_NAMES, 1)
+    safe = re.fullmatch("[A-Z_]{3,40}", name)
+    way_out = f"did you mean {near[0]}?" if near else "agent.env.example lists them all"
+    return (f"there is no setting {name}; " if safe else "unknown setting; ") + way_out
+
+
+def _printable(text: str) -> str:
+    return "".join(c if c.isprintable() else "?" for c in text)
+
+
+def read_env_file(path: str) -> tuple[dict[str, str], list[str], list[str]]:
+    """Read an env file; return (name -> value, problems, warnings)."""
+    try:
+        with open(path, "rb") as stream:
+            data = stream.read(MIB)
+            mode = os.fstat(stream.fileno()).st_mode
+    except OSError as error:
+        return {}, [f"{path}: cannot be read: {os.strerror(error.errno or 0)}"], []
+    values, problems = parse_env(data)
+    warnings = []
+    if values.get("API_KEY") and mode & stat.S_IROTH:
+        warnings.append(f"{path}: every user can read the key in it: chmod 600 {path}")
+    return values, [f"{path}, {problem}" for problem in problems], warnings
+
+
+def load_config(
+    environ: Mapping[str, str], env_file: str | None = None, *, need_dashboard: bool = True
+) -> Config:
+    """Build the Config from the process environment, then the env file, then the defaults.
+
+    An empty value counts as not set. Raises SettingsError with every problem at once.
+    With need_dashboard=False, DASHBOARD_URL and API_KEY may be missing (then "").
+    """
+    path = find_env_file(env_file, environ)
+    from_file, problems, warnings = read_env_file(path) if path else ({}, [], [])
+    unread = bool(problems) and not from_file
+    values: dict[str, Any] = {}
+    for setting in SETTINGS:
+        text = environ.get(setting.name) or from_file.get(setting.name) or setting.default
+        if setting.name == "NODE_ID":
+            text = text or socket.gethostname()
+        if not text and setting.required:
+            if need_dashboard and not unread:
+                problems.append(
+                    f"{setting.name}: is missing (example: {setting.name}={setting.example})"
+                )
+            values[setting.name.lower()] = ""
+            continue
+        try:
+            values[setting.name.lower()] = setting.parse(text)
+        except ValueError as error:
+            problems.append(
+                f"{setting.name}: {error} (example: {setting.name}={setting.example})"
+            )
+    url, allow_http = values.get("dashboard_url", ""), values.get("allow_http", True)
+    if url.startswith("http://") and not allow_http and not _is_loopback(urlsplit(url).hostname):
+        problems.append(
+            "DASHBOARD_URL: http:// would send the key in clear text; "
+            "use https://, or set ALLOW_HTTP=true if the network is your own"
+        )
+    if problems:
+        raise SettingsError(problems)
+    return Config(**values, env_file=path, warnings=tuple(warnings))
+
+
+def _is_loopback(host: str | None) -> bool:
+    if host in ("localhost", "::1"):
+        return True
+    try:
+        return socket.inet_pton(socket.AF_INET, host or "")[0] == 127
+    except OSError:
+        return False
+
+
+# --- reading /proc and sysfs: pure parsers ------------------------------------------------
+
+
+def read_bytes(path: str, limit: int = -1) -> bytes:
+    with open(path, "rb", buffering=0) as stream:
+        return stream.read(limit) or b""
+
+
+class ProcessStat(NamedTuple):
+    """What /proc/PID/stat tells (proc_pid_stat(5)); times in clock ticks."""
+
+    pid: int
+    comm: str
+    state: str
+    ppid: int
+    cpu_ticks: int  # user + system
+    start_ticks: int  # since boot: with the pid, the identity of a process
+
+
+def parse_stat(data: bytes) -> ProcessStat:
+    """Parse /proc/PID/stat; comm may hold blanks and parentheses. ValueError if it is torn."""
+    head, _, rest = data.rpartition(b") ")
+    pid, _, comm = head.partition(b" (")
+    fields = rest.split(None, 20)
+    if len(fields) < 20:
+        raise ValueError("torn /proc/PID/stat")
+    return ProcessStat(
+        int(pid), comm.decode("utf-8", "replace"), fields[0].decode("ascii", "replace"),
+        int(fields[1]), int(fields[11]) + int(fields[12]), int(fields[19]),
+    )
+
+
+def parse_rss(status: bytes) -> tuple[int, int]:
+    """Return (anonymous, file and shared) resident KiB of /proc/PID/status; a zombie has none."""
+    sizes = dict(re.findall(rb"^(RssAnon|RssFile|RssShmem):\s*(\d+)", status, re.MULTILINE))
+    anon, file, shmem = (int(sizes.get(k, 0)) for k in (b"RssAnon", b"RssFile", b"RssShmem"))
+    return anon, file + shmem
+
+
+def parse_time_wait(sockstat: bytes) -> int:
+    """Return `tw` of /proc/net/sockstat: TIME_WAIT and forgotten FIN_WAIT2, both families."""
+    found = re.search(rb"^TCP:.*\btw (\d+)", sockstat, re.MULTILINE)
+    if not found:
+        raise ValueError("no TCP line in /proc/net/sockstat")
+    return int(found[1])
+
+
+def parse_curr_estab(snmp: bytes) -> int:
+    """Return CurrEstab of /proc/net/snmp, which counts both address families."""
+    names, values = (line.split() for line in snmp.splitlines() if line.startswith(b"Tcp:"))
+    return int(values[names.index(b"CurrEstab")])
+
+
+class Mount(NamedTuple):
+    """One line of /proc/self/mountinfo (proc_pid_mountinfo(5))."""
+
+    mount_id: int
+    parent_id: int
+    device: str  # "major:minor" of the superblock
+    root: str  # the directory in the file system that is mounted
+    path: str
+    fstype: str
+    source: str
+
+
+def parse_mountinfo(data: bytes) -> list[Mount]:
+    """Parse /proc/self/mountinfo, in the order of mounting."""
+    mounts = []
+    for line in os.fsdecode(data).splitlines():
+        fields, _, tail = line.partition(" - ")
+        first, last = fields.split(" "), tail.split(" ")
+        if len(first) >= 6 and len(last) >= 2:
+            mounts.append(
+                Mount(int(first[0]), int(first[1]), first[2], _unescape(first[3]),
+                      _unescape(first[4]), last[0], _unescape(last[1]))
+            )
+    return mounts
+
+
+def _unescape(text: str) -> str:
+    """Undo the kernel's octal escapes (fs/seq_file.c, mangle_path)."""
+    return re.sub(r"\\([0-7]{3})", lambda found: chr(int(found[1], 8)), text)
+
+
+# Never touched: a server that is away would hang the agent.
+NETWORK_FSTYPES = frozenset(
+    "nfs nfs4 cifs smb3 smbfs ceph 9p afs ncpfs coda lustre gfs2 ocfs2 beegfs virtiofs".split()
+)
+# Full by nature, or not a place where mail or logs go.
+UNWATCHED_FSTYPES = frozenset("squashfs iso9660 udf cramfs erofs".split())
+UNWATCHED_PATHS = re.compile(r"/(boot|efi)(/|$)")
+LOOP_MAJOR = "7:"  # Documentation/admin-guide/devices.txt
+
+
+def is_network(fstype: str) -> bool:
+    return fstype in NETWORK_FSTYPES or (fstype.startswith("fuse.") or fstype == "fuse")
+
+
+def local_disks(mounts: list[Mount]) -> dict[str, list[Mount]]:
+    """Group the mounts that are local disks by device; of each, the whole and short ones first.
+
+    Local is "/", whatever it is, and what stands on a block device or is btrfs or zfs. What
+    lies below a network mount is left out: the way there may hang.
+    """
+    by_id = {mount.mount_id: mount for mount in mounts}
+
+    def below_network(mount: Mount) -> bool:
+        seen: set[int] = set()
+        while mount.mount_id not in seen:
+            if is_network(mount.fstype):
+                return True
+            seen.add(mount.mount_id)
+            mount = by_id.get(mount.parent_id, mount)
+        return False
+
+    disks: dict[str, list[Mount]] = {}
+    for mount in mounts:
+        on_block = not mount.device.startswith("0:") or mount.fstype in ("btrfs", "zfs")
+        unwatched = (
+            mount.fstype in UNWATCHED_FSTYPES
+            or mount.device.startswith(LOOP_MAJOR)
+            or mount.source.startswith("/dev/loop")  # btrfs has a device number of its own
+            or UNWATCHED_PATHS.match(mount.path)
+        )
+        if mount.path == "/" or (on_block and not unwatched and not below_network(mount)):
+            disks.setdefault(mount.device, []).append(mount)
+    for candidates in disks.values():
+        candidates.sort(key=lambda m: (m.path != "/", m.root != "/", len(m.path)))
+    return disks
+
+
+def parse_diskstats(data: bytes) -> dict[str, tuple[int, int]]:
+    """Return device -> (bytes read, bytes written) of /proc/diskstats, in 512-byte sectors."""
+    rows = (line.split() for line in data.decode("ascii", "replace").splitlines())
+    return {row[2]: (int(row[5]) * 512, int(row[9]) * 512) for row in rows if len(row) > 9}
+
+
+def rate(
+    before: Mapping[str, tuple[int, int]], after: Mapping[str, tuple[int, int]], seconds: float
+) -> tuple[int | None, int | None]:
+    """Return the two counters' growth per second, summed over the names that both readings have.
+
+    None for a counter that went backwards on any of them, for no time passed, and for no names.
+    """
+    result: list[int | None] = []
+    for column in (0, 1):
+        grown = [after[name][column] - before[name][column] for name in after if name in before]
+        sound = seconds > 0 and grown and all(delta >= 0 for delta in grown)
+        result.append(round(sum(grown) / seconds) if sound else None)
+    return result[0], result[1]
+
+
+# In psutil's cpu_times: `guest` and `guest_nice` are inside `user` and `nice` already.
+CPU_BUSY = ("user", "nice", "system", "irq", "softirq", "steal")
+CPU_IDLE = ("idle", "iowait")
+
+
+def cpu_shares(before: list[Any], after: list[Any]) -> tuple[float | None, list[float | None]]:
+    """Return the busy percent of all cores together and of each, from psutil's per-CPU times.
+
+    iowait is idle time. A field that went backwards (iowait may) counts as unchanged.
+    None where no time has passed.
+    """
+    if len(before) != len(after):  # a core came or went
+        return None, []
+    busy_sum = total_sum = 0.0
+    cores: list[float | None] = []
+    for old, new in zip(before, after):
+        busy, idle = (
+            sum(max(0.0, getattr(new, name, 0.0) - getattr(old, name, 0.0)) for name in names)
+            for names in (CPU_BUSY, CPU_IDLE)
+        )
+        cores.append(percent(busy, busy + idle))
+        busy_sum += busy
+        total_sum += busy + idle
+    return percent(busy_sum, total_sum), cores
+
+
+def percent(part: float, whole: float) -> float | None:
+    """Return part of whole in percent, 0.0 to 100.0; None if there is no whole."""
+    return min(100.0, max(0.0, round(100.0 * part / whole, 1))) if whole > 0 else None
+
+
+# --- which mail service a process belongs to ----------------------------------------------
+
+# Native servers keep the name of their program: comm -> service.
+SERVICE_COMMS = {
+    "rspamd": "rspamd",
+    "redis-server": "redis",
+    "valkey-server": "redis",
+    "mongod": "mongodb",
+}
+# Not a server, whatever its comm: redis-sentinel is redis' own program, but stores nothing ...
+NOT_THE_SERVER = re.compile(r".* \[sentinel\]|--sentinel")
+# ... and a script's comm is the script's name; the interpreter shows in its first argument.
+INTERPRETER = re.compile(r"(.*/)?(busybox|env|[a-z]*sh|(python|perl|ruby|lua|node)[\d.]*)")
+
+# Node's services set process.title: cmdline is one string, cut to what the original arguments
+# had room for, and comm is its first 15 bytes (uv_set_process_title). Pattern -> service.
+SERVICE_TITLES = (
+    (re.compile(r"wilddu(c|ck|ck [mw]\w{0,5})?"), "wildduck"),
+    (re.compile(r"zone-m(t|ta|ta: .*)?|[^:]+: (master process|(receiver|sender)/\S+)"), "zonemta"),
+    (re.compile(r"Haraka (\(|cn=).*"), "haraka"),
+)
+# Without a title, the script tells. Pattern of the path -> service.
+SERVICE_SCRIPTS = (
+    (re.compile(r"(.*/)?wildduck(/(server|worker)(\.js)?)?"), "wildduck"),
+    (re.compile(r"(.*/)?zone-?mta(/((app|index)(\.js)?|services/(receiver|sender)\.js))?"),
+     "zonemta"),
+    (re.compile(r"(.*/)?(\.?bin/haraka|Haraka(/haraka(\.js)?)?)"), "haraka"),
+)
+# Without either, the systemd unit does, for Node's processes. Name -> service.
+SERVICE_UNITS = {"wildduck": "wildduck", "zone-mta": "zonemta", "zonemta": "zonemta",
+                 "haraka": "haraka"}
+UNIT = re.compile(r"/([^/@\n]+)(@[^/\n]*)?\.service(?=/|$)", re.MULTILINE)
+
+NODE_SERVICES = ("zonemta", "wildduck", "haraka")  # their processes share Node's program
+NODE_COMMS = frozenset(("node", "nodejs", "MainThread", "node-MainThread"))  # 22, 24 and 26
+NODE_PROGRAM = re.compile(r"(.*/)?node(js)?[\d.-]*( \(deleted\))?")
+NODE_TOOLS = re.compile(r"(npm|npx|pnpm|yarn|PM2)\b.*")
+NODE_OPTIONS_WITH_VALUE = frozenset(
+    "-r --require --import --loader --experimental-loader -C --conditions --title".split()
+)
+# What makes `haraka` or `zone-mta` do something else than serve.
+NOT_SERVING = frozenset(
+    "-h --help -v --version -l --list -i --install -p --plugin -o --order -t --test "
+    "--qlist --qstat --qempty --qunstick create".split()
+)
+
+
+def classify(
+    comm: str,
+    cmdline: bytes,
+    *,
+    exe: str | None = None,
+    cwd: str | None = None,
+    cgroup: str = "",
+    state: str = "S",
+) -> str | None:
+    """Return the service that a process belongs to, or None.
+
+    cmdline holds the raw bytes of /proc/PID/cmdline, cgroup the text of /proc/PID/cgroup. An
+    unprivileged reader has neither exe nor cwd. A zombie has no cmdline: its comm decides.
+    """
+    raw = cmdline.decode("utf-8", "replace") if state != "Z" else comm
+    args = raw.rstrip("\0").split("\0")
+    if comm in SERVICE_COMMS:
+        is_script = INTERPRETER.fullmatch(args[0]) and args[0] != comm
+        is_other = any(NOT_THE_SERVER.fullmatch(arg) for arg in args)
+        return None if is_script or is_other else SERVICE_COMMS[comm]
+    has_title = len(args) == 1 and args[0] != "" and args[0][:15].rstrip() == comm.rstrip()
+    if exe is not None and not NODE_PROGRAM.fullmatch(exe):
+        return None
+    if has_title:
+        found = first_match(SERVICE_TITLES, args[0])
+        if found or NODE_TOOLS.fullmatch(args[0]):
+            return found
+        if args[0].startswith("node "):
+            args = args[0].split(" ")  # PM2 writes the command line into the title
+        elif not raw.endswith("\0\0") and len(args[0]) <= 15:
+            return None  # a program without arguments, not a title that was cut or padded
+    elif comm not in NODE_COMMS:
+        return None
+    script = script_of(args)
+    found = first_match(SERVICE_SCRIPTS, os.path.normpath(os.path.join(cwd or "", script)))
+    if NOT_SERVING.intersection(args):
+        return None
+    units = [SERVICE_UNITS.get(name.lower()) for name, _ in UNIT.findall(cgroup)]
+    return found or next(filter(None, units), None)
+
+
+def first_match(table: Iterable[tuple[re.Pattern[str], str]], text: str) -> str | None:
+    return next((service for pattern, service in table if pattern.fullmatch(text)), None)
+
+
+def script_of(args: list[str]) -> str:
+    """Return the script of a Node command line, "" if it has none."""
+    rest = iter(args[1:])
+    for arg in rest:
+        if not arg.startswith("-"):
+            return arg
+        if arg in ("-e", "--eval", "-p", "--print"):
+            return ""
+        if arg in NODE_OPTIONS_WITH_VALUE:
+            next(rest, None)
+    return ""
+
+
+# --- sockets ------------------------------------------------------------------------------
+
+# linux/netlink.h, linux/inet_diag.h, net/tcp_states.h
+NETLINK_SOCK_DIAG = 4
+TCPDIAG_GETSOCK = 18  # the legacy request: one dump holds both address families
+NLM_F_REQUEST_DUMP = 0x301
+NLMSG_ERROR, NLMSG_DONE = 2, 3
+TCP_ESTABLISHED, TCP_FIN_WAIT2, TCP_CLOSE_WAIT, TCP_LISTEN = 1, 5, 8, 10
+TIMEWAIT_TIMER = 3  # idiag_timer of a socket that only waits to be forgotten
+NETLINK_LIMIT_S = 3.0
+
+
+def dump_tcp(*states: int) -> Iterator[memoryview]:
+    """Yield a struct inet_diag_msg for each TCP socket in these states, of both families.
+
+    Needs no privilege. Raises OSError if the kernel has no tcp_diag.
+    """
+    request = struct.pack("=IHHII BBBB 48x II", 16 + 60, TCPDIAG_GETSOCK, NLM_F_REQUEST_DUMP,
+                          1, 0, 0, 0, 0, 0, sum(1 << state for state in states), 0)
+    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, NETLINK_SOCK_DIAG) as sock:
+        sock.settimeout(NETLINK_LIMIT_S)
+        sock.send(request)
+        while True:
+            data = memoryview(sock.recv(256 * 1024))
+            while len(data) >= 16:
+                length, kind = struct.unpack_from("=IH", data)
+                if kind == NLMSG_DONE:
+                    return
+                if kind == NLMSG_ERROR:
+                    code = -struct.unpack_from("=i", data, 16)[0]
+                    raise OSError(code, os.strerror(code))
+                yield data[16:length]
+                data = data[(length + 3) & ~3 or len(data) :]
+
+
+class TcpCensus(NamedTuple):
+    """How many TCP sockets of both families are in a state."""
+
+    established: int
+    close_wait: int
+    fin_wait2_forgotten: int  # FIN_WAIT2 whose socket is gone already: sockstat's `tw` has them
+
+
+def count_tcp(*states: int) -> TcpCensus:
+    """Count the sockets in these of the census' states; the others are 0."""
+    established = close_wait = forgotten = 0
+    for message in dump_tcp(*states):
+        established += message[1] == TCP_ESTABLISHED  # idiag_state
+        close_wait += message[1] == TCP_CLOSE_WAIT
+        forgotten += message[1] == TCP_FIN_WAIT2 and message[2] == TIMEWAIT_TIMER  # idiag_timer
+    return TcpCensus(established, close_wait, forgotten)
+
+
+class TcpCounter:
+    """Counts TCP connections as ss(8) does, without walking the established ones.
+
+    CurrEstab holds ESTABLISHED plus CLOSE_WAIT on today's kernels and ESTABLISHED alone on
+    those before mid-2024. Which it is shows when there is a CLOSE_WAIT to tell by; until
+    then the two agree.
+    """
+
+    def __init__(self, proc: str, count: Callable[..., TcpCensus]) -> None:
+        self._proc = proc
+        self._count = count
+        self._includes_close_wait: bool | None = None
+
+    def read(self) -> TcpCensus:
+        census = self._count(TCP_CLOSE_WAIT, TCP_FIN_WAIT2)
+        curr_estab = self._curr_estab()
+        close_wait = census.close_wait
+        if close_wait and self._includes_close_wait is None:
+            again = self._count(TCP_ESTABLISHED, TCP_CLOSE_WAIT)
+            quiet = curr_estab == self._curr_estab() and close_wait == again.close_wait
+            if quiet and curr_estab - again.established in (0, close_wait):
+                self._includes_close_wait = curr_estab != again.established
+            return census._replace(established=again.established)
+        included = close_wait if self._includes_close_wait else 0
+        return census._replace(established=max(0, curr_estab - included))
+
+    def _curr_estab(self) -> int:
+        return parse_curr_estab(read_bytes(f"{self._proc}/net/snmp"))
+
+
+def check_by_connect(
+    host: str, ports: Iterable[int], limit_s: float = PORT_CHECK_LIMIT_S
+) -> dict[int, bool]:
+    """Connect to all ports at once and send nothing; return port -> whether it accepted.
+
+    Raises OSError when this machine has no socket or local port to try with.
+    """
+    result = dict.fromkeys(ports, False)
+    waiting: dict[int, tuple[int, socket.socket]] = {}
+    poll = select.poll()
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    deadline = time.monotonic() + limit_s
+    try:
+        for port in result:
+            sock = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+            waiting[sock.fileno()] = (port, sock)
+            code = sock.connect_ex((host, port))
+            if code in (errno.EADDRNOTAVAIL, errno.ENOBUFS, errno.ENOMEM, errno.EAGAIN):
+                raise OSError(code, os.strerror(code))
+            if code in (0, errno.EINPROGRESS):
+                poll.register(sock, select.POLLOUT)
+            else:
+                waiting.pop(sock.fileno())[1].close()
+        while waiting and (left := deadline - time.monotonic()) > 0:
+            for fd, _ in poll.poll(math.ceil(left * 1000)):
+                poll.unregister(fd)
+                port, sock = waiting.pop(fd)
+                with sock:
+                    result[port] = _is_connected(sock)
+    finally:
+        for _, sock in waiting.values():
+            sock.close()
+    return result
+
+
+def _is_connected(sock: socket.socket) -> bool:
+    """Tell whether a connect succeeded, and not to itself (a free port in the local range)."""
+    try:
+        return bool(sock.getpeername() != sock.getsockname())
+    except OSError:
+        return False
+
+
+def check_by_listener(host: str, ports: Iterable[int]) -> dict[int, bool]:
+    """Ask the kernel for listeners that serve this address; a full accept queue counts as down."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    wanted = socket.inet_pton(family, host)
+    result = dict.fromkeys(ports, False)
+    for message in dump_tcp(TCP_LISTEN):
+        # struct inet_diag_msg: family, .., id.sport (big endian) at 4, id.src at 8,
+        # rqueue (the accept queue) at 56, wqueue (its limit) at 60, attributes from 72
+        port = struct.unpack_from("!H", message, 4)[0]
+        queued, limit = struct.unpack_from("=II", message, 56)
+        if port in result and queued <= limit and _serves(message, family, wanted):
+            result[port] = True
+    return result
+
+
+INET_DIAG_SKV6ONLY = 11  # linux/inet_diag.h
+IPV4_MAPPED = bytes(10) + b"\xff\xff"
+
+
+def _serves(message: memoryview, family: int, wanted: bytes) -> bool:
+    bound = bytes(message[8 : 8 + len(wanted)])
+    if message[0] == family:
+        return bound == wanted or not any(bound)
+    if message[0] != socket.AF_INET6:
+        return False
+    if any(message[8:24]):
+        return bytes(message[8:24]) == IPV4_MAPPED + wanted
+    # An IPv6 wildcard serves IPv4 too, unless IPV6_V6ONLY is set.
+    attributes = message[72:]
+    while len(attributes) >= 4:
+        length, kind = struct.unpack_from("=HH", attributes)
+        if kind == INET_DIAG_SKV6ONLY:
+            return not attributes[4]
+        attributes = attributes[(length + 3) & ~3 or len(attributes) :]
+    return True
+
+
+def source_ip(target: tuple[Any, ...]) -> str | None:
+    """Return this machine's address on the way to a socket address, or None without a route."""
+    family = socket.AF_INET6 if len(target) == 4 else socket.AF_INET
+    try:
+        with socket.socket(family, socket.SOCK_DGRAM) as sock:
+            sock.connect(target)  # a datagram socket: nothing is sent
+            return str(sock.getsockname()[0])
+    except OSError:
+        return None
+
+
+# --- collecting ---------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One neutral sample, on its way from the collector to the dashboard."""
+
+    seq: int
+    role: str  # of the node at that time
+    packed: bytes  # zlib over the JSON of the sample: no node id, no dialect
+
+
+def pack(sample: Mapping[str, Any]) -> bytes:
+    return zlib.compress(json.dumps(sample, separators=(",", ":"), allow_nan=False).encode())
+
+
+def unpack(packed: bytes) -> dict[str, Any]:
+    value: dict[str, Any] = json.loads(zlib.decompress(packed))
+    return value
+
+
+def iso_utc(epoch_s: float) -> str:
+    """Return the time as ISO 8601 in UTC with milliseconds and a Z."""
+    whole, milli = divmod(int(epoch_s * 1000), 1000)
+    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(whole)) + f".{milli:03d}Z"
+
+
+T = TypeVar("T")
+
+
+class Change:
+    """Remembers the last reading of each counter, and when it was made."""
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock = clock
+        self._last: dict[str, tuple[float, Any]] = {}
+
+    def since(self, name: str, value: T) -> tuple[float, T]:
+        """Store a reading; return (seconds since the one before, the one before).
+
+        On the first call these are 0 seconds and the reading itself.
+        """
+        now = self._clock()
+        then, before = self._last.get(name, (now, value))
+        self._last[name] = (now, value)
+        return now - then, before
+
+
+# A process ended while we looked at it: any other error is ours.
+ENDED = (FileNotFoundError, ProcessLookupError, ValueError)
+
+
+@dataclass(frozen=True, slots=True)
+class Known:
+    """What was found out about a process."""
+
+    start_ticks: int
+    comm: str
+    service: str | None
+    cgroup: str  # the text of /proc/PID/cgroup, if it belongs to a service
+    inode: int  # of /proc/PID: the same as long as it is the same process
+    since: int  # the sample in which it was first seen
+
+
+# A "no" is looked at in each of the first samples, then in every LOOK_AGAINth, the processes
+# in turn: nothing is read of the others. It is asked again if its name has changed, as it does
+# with every title, and if it is Node's.
+LOOK_AGAIN = 8
+
+
+class ProcessTable:
+    """Finds the mail services in /proc, one pass for all of them.
+
+    watched: comm -> service, for what WATCH_PROCESSES adds to the built-in ones.
+    """
+
+    def __init__(
+        self,
+        proc: str,
+        clock: Callable[[], float],
+        *,
+        cgroup_root: str = "/sys/fs/cgroup",
+        watched: Mapping[str, str] | None = None,
+    ) -> None:
+        self._proc = proc
+        self._cgroup_root = cgroup_root
+        self._watched = dict(watched or {})
+        self._services = tuple(dict.fromkeys((*SERVICES, *self._watched.values())))
+        self._change = Change(clock)
+        self._known: dict[int, Known] = {}  # by pid; a yes stays for the same start
+        self._round = 0
+
+    def read(self) -> dict[str, dict[str, Any]]:
+        """Return service -> {status, pid, memory_mb (MiB), cpu_percent (of one core)}.
+
+        Raises PermissionError when /proc shows only our own processes (hidepid).
+        """
+        try:
+            read_bytes(f"{self._proc}/1/stat")
+        except (FileNotFoundError, PermissionError):
+            raise PermissionError(
+                errno.EACCES, "other users' processes are hidden (hidepid on /proc)"
+            ) from None
+        members: dict[str, list[ProcessStat]] = {service: [] for service in self._services}
+        known: dict[int, Known] = {}
+        self._round += 1
+        for pid, inode in self._list():
+            seen = self._known.get(pid)
+            if seen and seen.inode == inode and self._is_settled(pid, seen):
+                known[pid] = seen
+                continue
+            try:
+                process = parse_stat(read_bytes(f"{self._proc}/{pid}/stat"))
+                found = known[pid] = self._look_up(process, seen, inode)
+            except ENDED:
+                continue
+            if found.service:
+                members[found.service].append(process)
+        self._known = known
+        ticks = {(p.pid, p.start_ticks): p.cpu_ticks for f in members.values() for p in f}
+        seconds, before = self._change.since("cpu", ticks)
+        on_node = sum(len(members[service]) for service in NODE_SERVICES)
+        described = {}
+        for service, its in members.items():
+            share = len(its) / on_node if its and service in NODE_SERVICES else 1.0
+            described[service] = self._describe(its, seconds, before, share)
+        return described
+
+    def _list(self) -> list[tuple[int, int]]:
+        """Return (pid, inode of /proc/PID) of all processes; nothing of them is read."""
+        with os.scandir(self._proc) as entries:
+            return [(int(e.name), e.inode()) for e in entries if e.name.isdigit()]
+
+    def _is_settled(self, pid: int, known: Known) -> bool:
+        is_old = self._round - known.since >= LOOK_AGAIN
+        return known.service is None and is_old and (self._round + pid) % LOOK_AGAIN != 0
+
+    def _look_up(self, process: ProcessStat, known: Known | None, inode: int) -> Known:
+        since = self._round
+        if known and known.start_ticks == process.start_ticks:
+            since = known.since
+            is_same = known.comm == process.comm and process.comm not in NODE_COMMS
+            if known.service or is_same:
+                return known if known.inode == inode else dataclasses.replace(known, inode=inode)
+        folder = f"{self._proc}/{process.pid}"
+        cgroup = os.fsdecode(read_bytes(f"{folder}/cgroup"))
+        service = self._watched.get(process.comm) or classify(
+            process.comm,
+            read_bytes(f"{folder}/cmdline", CMDLINE_LIMIT_BYTES),
+            exe=read_link(f"{folder}/exe"),
+            cwd=read_link(f"{folder}/cwd"),
+            cgroup=cgroup,
+            state=process.state,
+        )
+        kept = cgroup if service else ""
+        return Known(process.start_ticks, process.comm, service, kept, inode, since)
+
+    def _describe(
+        self,
+        found: list[ProcessStat],
+        seconds: float,
+        before: Mapping[tuple[int, int], int],
+        share: float,
+    ) -> dict[str, Any]:
+        if not found:
+            return {"status": "not_found", "pid": None, "memory_mb": 0, "cpu_percent": 0}
+        pids = {p.pid for p in found}
+        mains = [p for p in found if p.ppid not in pids] or found
+        main = min(mains, key=lambda p: (p.start_ticks, p.pid))
+        uptime_ticks = time.clock_gettime(time.CLOCK_BOOTTIME) * CLOCK_TICKS
+        used = 0
+        for process in found:
+            age_s = (uptime_ticks - process.start_ticks) / CLOCK_TICKS
+            # One that started since the last reading used all its time since then.
+            base = 0 if age_s < seconds else process.cpu_ticks
+            used += process.cpu_ticks - before.get((process.pid, process.start_ticks), base)
+        return {
+            "status": "stopped" if main.state in "TtZXx" else "running",
+            "pid": main.pid,
+            "memory_mb": round(self._memory_kib(pids, share) / 1024, 1),
+            "cpu_percent": round(100 * used / CLOCK_TICKS / seconds, 1) if seconds > 0 else 0.0,
+        }
+
+    def _memory_kib(self, pids: set[int], share: float) -> int:
+        """Return what the processes hold, with the pages that they share counted once.
+
+        The sum of PSS would be it, but needs privileges. What their cgroup accounts for comes
+        near it; where they have none of their own, the sum of the anonymous pages and the
+        largest share of file and shared ones does.
+
+        share: the part of the service in the use of its program, next to other services.
+        """
+        anon_sum = anon_max = shared_max = 0
+        for pid in pids:
+            try:
+                anon, shared = parse_rss(read_bytes(f"{self._proc}/{pid}/status"))
+            except ENDED:
+                continue
+            anon_sum += anon
+            anon_max = max(anon_max, anon)
+            shared_max = max(shared_max, shared)
+        cgroups = {self._known[pid].cgroup for pid in pids}
+        accounts = [self._cgroup_kib(cgroup, pids) for cgroup in cgroups]
+        own = [account for account in accounts if account]
+        anon = sum(kib for kib, _ in own)
+        # Pages stay with the cgroup that they were first charged to: one that does not even
+        # hold the largest process' own pages is not where this service's memory is, ...
+        if len(own) < len(accounts) or anon < 0.9 * anon_max:
+            return anon_sum + shared_max
+        # ... and that of a service that was started again lacks its program (40 MiB of Node),
+        # read by the run before or by another service. What they map tells it.
+        program = max(0, shared_max - COMMON_LIBRARIES_KIB) * share
+        return int(anon + max(program, sum(kib for _, kib in own)))
+
+    def _cgroup_kib(self, cgroup: str, pids: set[int]) -> tuple[int, int] | None:
+        """Return (anonymous, mapped) KiB of a cgroup, None if it is not these pids' alone."""
+        folder, keys = memory_cgroup(cgroup, self._cgroup_root)
+        try:
+            inside = set(map(int, read_bytes(f"{folder}/cgroup.procs").split()))
+            with os.scandir(folder) as entries:
+                nested = any(entry.is_dir() for entry in entries)
+            if not inside or not inside <= pids or nested:
+                return None
+            rows = (line.split() for line in read_bytes(f"{folder}/memory.stat").splitlines())
+            stat = {row[0]: int(row[1]) for row in rows if row[0] in keys}
+            return stat[keys[0]] // 1024, stat[keys[1]] // 1024
+        except (OSError, ValueError, LookupError):
+            return None
+
+
+# What RssFile holds of libc, OpenSSL and the like, which other programs map too.
+COMMON_LIBRARIES_KIB = 6 * 1024
+CMDLINE_LIMIT_BYTES = 4096
+
+
+def read_link(path: str) -> str | None:
+    try:
+        return os.readlink(path)
+    except OSError:
+        return None  # another user's process, or it ended
+
+
+def memory_cgroup(cgroup: str, root: str) -> tuple[str, tuple[bytes, bytes]]:
+    """Return the folder of a process' memory cgroup, and what to add up in its memory.stat.
+
+    cgroup is the text of /proc/PID/cgroup (cgroups(7)). The page cache is not in these keys:
+    it is the machine's, and goes when memory is needed.
+    """
+    paths = {}
+    for line in cgroup.splitlines():
+        _, controllers, path = line.split(":", 2)
+        paths.update(dict.fromkeys(controllers.split(","), path))
+    if "memory" in paths:  # v1, or the hybrid of both
+        return f"{root}/memory{paths['memory']}", (b"total_rss", b"total_mapped_file")
+    return f"{root}{paths.get('', '/..')}", (b"anon", b"file_mapped")
+
+
+# `auto` takes the first of these services that runs: (service, role).
+ROLE_ORDER = (
+    ("wildduck", "wildduck"),
+    ("zonemta", "zonemta-outbound"),
+    ("haraka", "haraka"),
+    ("rspamd", "rspamd"),
+    ("mongodb", "mongodb"),
+    ("redis", "redis"),
+)
+ROLE_RANK = [role for _, role in ROLE_ORDER] + ["unknown"]
+
+
+def find_role(processes: Mapping[str, Mapping[str, Any]], current: str) -> str:
+    """Return the role that the running services give; it only ever moves up the list."""
+    for service, role in ROLE_ORDER:
+        if processes.get(service, {}).get("status") == "running":
+            return min(role, current, key=ROLE_RANK.index)
+    return current
+
+
+class Collector:
+    """Takes the samples; used by one thread only."""
+
+    def __init__(
+        self,
+        config: Config,
+        *,
+        proc: str = "/proc",
+        sys_root: str = "/sys",
+        clock: Callable[[], float] = time.monotonic,
+        now: Callable[[], float] = time.time,
+        count_sockets: Callable[..., TcpCensus] = count_tcp,
+        agent_figures: Callable[[], dict[str, Any]] = dict,
+    ) -> None:
+        self._config = config
+        self._proc = proc
+        self._sys = sys_root
+        self._clock = clock
+        self._now = now
+        self._agent_figures = agent_figures
+        self._change = Change(clock)
+        self._tcp = TcpCounter(proc, count_sockets)
+        watched = {comm: service for service, comm in config.watch_processes}
+        self._processes = ProcessTable(
+            proc, clock, cgroup_root=f"{sys_root}/fs/cgroup", watched=watched
+        )
+        self._said: set[str] = set()
+        self._kinds: dict[str, bool] = {}  # device or interface -> whether it is a physical one
+        self.role = "unknown" if config.node_role == "auto" else config.node_role
+        self.collect_errors = 0
+        self.samples = 0
+        self.progress = clock()  # when the last tick was completed
+        # What fills `system`: the metric's name for the log, and its reader.
+        self._readers: tuple[tuple[str, Callable[[], dict[str, Any]]], ...] = (
+            ("cpu", self._read_cpu),
+            ("memory", self._read_memory),
+            ("disks", self._read_disks),
+            ("disk_io", self._read_disk_io),
+            ("network", self._read_network),
+            ("load", self._read_load),
+            ("tcp_connections", self._read_tcp),
+            ("open_files", self._read_open_files),
+            ("uptime", self._read_uptime),
+        )
+
+    # - one sample
+
+    def prime(self) -> None:
+        """Take a first reading of every counter, so that the next one has rates."""
+        for reader in (
+            self._read_cpu, self._read_disk_io, self._read_network, self._read_processes
+        ):
+            with contextlib.suppress(*READ_ERRORS):  # the first sample will tell
+                reader()
+
+    def collect(self) -> Sample:
+        """Take one sample; what cannot be read is left out, said once and counted."""
+        started, taken = self._clock(), self._now()
+        system: dict[str, Any] = {}
+        for name, reader in self._readers:
+            system.update(self._try(name, reader))
+        body: dict[str, Any] = {"timestamp": iso_utc(taken), "system": system}
+        processes = self._try("processes", self._read_processes)
+        if processes:
+            body["processes"] = processes
+        services = self._try("services", self._read_services)
+        if services:
+            body["services"] = services
+        body["role"] = self.role
+        own_memory = self._try("rss_bytes", lambda: {"rss_bytes": own_rss_bytes()})
+        body["agent"] = {
+            "version": VERSION,
+            **own_memory,
+            "cpu_seconds": round(time.process_time(), 3),
+            "collect_ms": round(1000 * (self._clock() - started), 1),
+            "collect_errors": self.collect_errors,
+            **self._agent_figures(),
+        }
+        self.samples += 1
+        return Sample(self.samples, self.role, pack(body))
+
+    def _try(self, name: str, reader: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """Run a reader; drop and count what is None, not finite, or could not be read."""
+        try:
+            values = reader()
+        except READ_ERRORS as error:
+            self._missing(name, _reason(error))
+            return {}
+        sound = {}
+        for key, value in values.items():
+            if value is None or (isinstance(value, float) and not math.isfinite(value)):
+                self._missing(key, "no valid reading this time")
+            else:
+                sound[key] = value
+        return sound
+
+    def _missing(self, name: str, why: str) -> None:
+        self.collect_errors += 1
+        self._say_once(f"cannot read {name}: {why}; it is left out of the samples")
+
+    def _say_once(self, text: str) -> None:
+        if text not in self._said and len(self._said) < 1000:
+            self._said.add(text)
+            log.warning("%s", text)
+
+    def crashed(self) -> None:
+        """Log the exception that is being handled, once for each kind, and count it."""
+        self.collect_errors += 1
+        kind = repr(sys.exc_info()[0])
+        if kind not in self._said:
+            self._said.add(kind)
+            log.exception("a sample could not be taken; the next one will be tried")
+
+    # - the readers: each returns fields of `system`, None for one that has no value
+
+    def _read_cpu(self) -> dict[str, Any]:
+        times = psutil.cpu_times(percpu=True)
+        _, before = self._change.since("cpu", times)
+        total, cores = cpu_shares(before, times)
+        rows = [{"core": i, "percent": p} for i, p in enumerate(cores) if p is not None]
+        return {"cpu_percent": total, "cpu_cores": rows or None}
+
+    def _read_memory(self) -> dict[str, Any]:
+        memory = psutil.virtual_memory()
+        used = max(0, memory.total - memory.available)
+        return {
+            "ram_used_percent": percent(used, memory.total),
+            "ram_used_bytes": used,
+            "ram_total_bytes": memory.total,
+        }
+
+    def _read_disks(self) -> dict[str, Any]:
+        mounts = parse_mountinfo(read_bytes(f"{self._proc}/self/mountinfo"))
+        if self._config.disk_paths is None:
+            choices = list(local_disks(mounts).values())
+        else:
+            choices = [[mount] for mount in self._chosen_mounts(self._config.disk_paths, mounts)]
+        rows = []
+        for candidates in choices:
+            row = self._read_disk(candidates)
+            if row:
+                rows.append(row)
+        rows.sort(key=lambda row: -row["used_percent"])
+        if not rows:
+            raise ValueError("no local file system can be read")
+        return {
+            "disk_used_percent": rows[0]["used_percent"],
+            "disk_free_bytes": rows[0]["free_bytes"],
+            "disks": rows[:DISKS_LIMIT],
+        }
+
+    def _chosen_mounts(self, paths: Iterable[str], mounts: list[Mount]) -> list[Mount]:
+        chosen: dict[Mount, None] = {}
+        for path in paths:
+            try:
+                chosen[mount_of(path, mounts)] = None
+            except OSError as error:
+                self._missing(f"disk {path} of DISK_PATHS", os.strerror(error.errno or 0))
+        return list(chosen)
+
+    def _read_disk(self, candidates: list[Mount]) -> dict[str, Any] | None:
+        """Read the first of a device's mounts that is not hidden below another one."""
+        why = ""
+        for mount in candidates:
+            try:
+                if is_network(mount.fstype):
+                    raise OSError(errno.EREMOTE, "")
+                if visible_mount_id(mount.path, self._proc) != mount.mount_id:
+                    why = why or "another mount hides it"
+                    continue
+                fs = os.statvfs(mount.path)
+            except OSError as error:
+                why = os.strerror(error.errno or 0)
+                continue
+            used = fs.f_blocks - fs.f_bfree
+            share = percent(used, used + fs.f_bavail)
+            if share is not None:
+                free = fs.f_bavail * fs.f_frsize
+                return {"mount": _printable(mount.path), "used_percent": share, "free_bytes": free}
+        if why:
+            self._missing(f"disk {candidates[0].path}", why)
+        return None
+
+    def _read_disk_io(self) -> dict[str, Any]:
+        counters = parse_diskstats(read_bytes(f"{self._proc}/diskstats"))
+        devices = os.listdir(f"{self._sys}/block")
+        whole = [name for name in counters if name.replace("/", "!") in devices]
+        physical = [name for name in whole if self._is_physical_disk(name)]
+        chosen = {name: counters[name] for name in physical or filter(self._is_base_disk, whole)}
+        if not chosen:
+            raise ValueError(f"no disk in {self._sys}/block")
+        seconds, before = self._change.since("disk_io", chosen)
+        read, written = rate(before, chosen, seconds)
+        return {"disk_read_bytes_sec": read, "disk_write_bytes_sec": written}
+
+    def _is_physical_disk(self, name: str) -> bool:
+        path = f"{self._sys}/block/{name.replace('/', '!')}"
+        if path not in self._kinds:
+            hidden = os.path.exists(f"{path}/hidden") and read_bytes(f"{path}/hidden")[:1] == b"1"
+            self._kinds[path] = os.path.exists(f"{path}/device") and not hidden
+        return self._kinds[path] and self._is_base_disk(name)
+
+    def _is_base_disk(self, name: str) -> bool:
+        """Tell whether nothing lies below a device: no dm-, md, loop, zram or ram disk."""
+        slaves = f"{self._sys}/block/{name.replace('/', '!')}/slaves"
+        stacked = os.path.isdir(slaves) and bool(os.listdir(slaves))
+        return not stacked and not name.startswith(("dm-", "md", "loop", "zram", "ram"))
+
+    def _read_network(self) -> dict[str, Any]:
+        counters = psutil.net_io_counters(pernic=True, nowrap=False)
+        names = self._interfaces(counters)
+        if not names:
+            raise ValueError("no interface but lo, or none of NET_INTERFACES")
+        chosen = {n: (counters[n].bytes_recv, counters[n].bytes_sent) for n in names}
+        seconds, before = self._change.since("network", chosen)
+        received, sent = rate(before, chosen, seconds)
+        return {
+            "net_rx_bytes_sec": received,
+            "net_tx_bytes_sec": sent,
+            "net_rx_errors": sum(counters[n].errin for n in names),
+            "net_tx_errors": sum(counters[n].errout for n in names),
+        }
+
+    def _interfaces(self, present: Mapping[str, Any]) -> list[str]:
+        """Return the interfaces to add up: none is counted on top of its lower one."""
+        if self._config.net_interfaces is not None:
+            for name in self._config.net_interfaces:
+                if name not in present:
+                    self._missing(f"interface {name} of NET_INTERFACES", "there is none")
+            return [name for name in self._config.net_interfaces if name in present]
+        base = f"{self._sys}/class/net"
+        hardware = [
+            name
+            for name in present
+            if os.path.exists(f"{base}/{name}/device")
+            # the hidden twin of a paravirtual interface (Azure, Hyper-V) counts in its master
+            and not os.path.exists(f"{base}/{name}/master/device")
+        ]
+        if hardware:
+            return hardware
+        others = [name for name in present if name != "lo"]
+        # ... but a tunnel may be the only way out of a container
+        return [name for name in others if not _is_upper(f"{base}/{name}")] or others
+
+    def _read_load(self) -> dict[str, Any]:
+        return {"load_avg": [round(load, 2) for load in os.getloadavg()]}
+
+    def _read_tcp(self) -> dict[str, Any]:
+        census = self._tcp.read()
+        counts: dict[str, Any] = {
+            "tcp_established": census.established, "tcp_close_wait": census.close_wait,
+        }
+        try:
+            waiting = parse_time_wait(read_bytes(f"{self._proc}/net/sockstat"))
+            counts["tcp_time_wait"] = max(0, waiting - census.fin_wait2_forgotten)
+        except READ_ERRORS as error:
+            self._missing("tcp_time_wait", _reason(error))
+        return counts
+
+    def _read_open_files(self) -> dict[str, Any]:
+        return {"open_files": int(read_bytes(f"{self._proc}/sys/fs/file-nr").split()[0])}
+
+    def _read_uptime(self) -> dict[str, Any]:
+        return {"uptime_seconds": int(time.clock_gettime(time.CLOCK_BOOTTIME))}
+
+    def _read_processes(self) -> dict[str, Any]:
+        processes = self._processes.read()
+        if self._config.node_role == "auto":
+            self.role = find_role(processes, self.role)
+        return processes
+
+    def _read_services(self) -> dict[str, Any]:
+        ports = self._config.check_ports or ROLE_PORTS[self.role]
+        check = {"connect": check_by_connect, "listen": check_by_listener}[self._config.check_mode]
+        found = check(self._config.check_host, ports)
+        return {f"port_{port}": is_open for port, is_open in found.items()}
+
+
+def _reason(error: BaseException) -> str:
+    """Say in a few words, the same each time, why something could not be read."""
+    if isinstance(error, OSError) and error.errno:
+        where = f" ({error.filename})" if error.filename else ""
+        return (error.strerror or os.strerror(error.errno)) + where
+    return _printable(str(error))[:EXCERPT_CHARS] or type(error).__name__
+
+
+def mount_of(path: str, mounts: list[Mount], hops: int = 40) -> Mount:
+    """Return the mount that a path lies on. Follows links, but never into a network file system.
+
+    Raises FileNotFoundError if there is no such path.
+    """
+    path = os.path.normpath(path)
+    on_the_way = [m for m in mounts if f"{path}/".startswith(f"{m.path.rstrip('/')}/")]
+    mount = max(on_the_way, key=lambda m: len(m.path))
+    mount = [m for m in on_the_way if m.path == mount.path][-1]  # the last one hides the others
+    if is_network(mount.fstype):
+        return mount
+    for end in (i for i, c in enumerate(f"{path}/") if c == "/" and i):
+        if os.path.islink(path[:end]) and hops:
+            target = os.path.join(os.path.dirname(path[:end]), os.readlink(path[:end]))
+            return mount_of(f"{target}{path[end:]}", mounts, hops - 1)
+    os.lstat(path)
+    return mount
+
+
+def visible_mount_id(path: str, proc: str = "/proc") -> int:
+    """Return the id of the mount that one really gets at a path (proc_pid_fdinfo(5))."""
+    fd = os.open(path, os.O_PATH | os.O_CLOEXEC)
+    try:
+        info = read_bytes(f"{proc}/self/fdinfo/{fd}")
+    finally:
+        os.close(fd)
+    found = re.search(rb"^mnt_id:\s*(\d+)", info, re.MULTILINE)
+    return int(found[1]) if found else -1
+
+
+# linux/if_arp.h: TUNNEL, TUNNEL6, SIT, IPGRE, IP6GRE, and NONE for tun and WireGuard.
+TUNNEL = re.compile(rb"^((768|769|776|778|823|65534)|DEVTYPE=(vxlan|geneve))$", re.MULTILINE)
+
+
+def _is_upper(interface: str) -> bool:
+    """Tell whether what an interface carries goes through another one too."""
+    try:
+        if any(entry.startswith("lower_") for entry in os.listdir(interface)):
+            return True
+        facts = read_bytes(f"{interface}/type") + read_bytes(f"{interface}/uevent")
+        return TUNNEL.search(facts) is not None
+    except OSError:
+        return False
+
+
+def own_rss_bytes() -> int:
+    return int(read_bytes("/proc/self/statm").split()[1]) * PAGE_BYTES
+
+
+def next_tick(due: float, now: float, interval: float) -> float:
+    """Return the first tick after now; missed ones are skipped, not made up in a burst."""
+    return due + interval * (max(0, math.floor((now - due) / interval)) + 1)
+
+
+# --- the buffer ---------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Counters:
+    """sampled = delivered + refused + dropped + waiting, at every moment."""
+
+    sampled: int
+    delivered: int
+    refused: int
+    dropped: int
+    waiting: int
+
+
+class Buffer:
+    """What waits to be delivered: the queue from the collector, and a ring behind it.
+
+    A full ring drops its oldest sample, never the one that is just being posted.
+    """
+
+    def __init__(self, size: int) -> None:
+        self._size = size
+        self.is_closed = False
+        self._inbox: queue.Queue[Sample | None] = queue.Queue()
+        # Guards everything below; nothing blocks under it.
+        self._lock = threading.Lock()
+        self._ring: dict[int, Sample] = {}  # by seq, oldest first
+        self._in_flight: int | None = None
+        self._sampled = self._delivered = self._refused = self._dropped = 0
+
+    def put(self, sample: Sample) -> None:
+        self._inbox.put(sample)
+
+    def close(self) -> None:
+        """Say that no more samples will come; ends a wait() that is under way."""
+        self.is_closed = True
+        self._inbox.put(None)
+
+    def wait(self, timeout_s: float) -> None:
+        """Block until a sample comes, close() is called, or the time is over."""
+        try:
+            sample = self._inbox.get(timeout=max(0.0, timeout_s))
+        except queue.Empty:
+            return
+        with self._lock:
+            self._add(sample)
+
+    def counters(self) -> Counters:
+        with self._lock:
+            self._absorb()
+            return Counters(
+                self._sampled, self._delivered, self._refused, self._dropped, len(self._ring)
+            )
+
+    def take_newest(self) -> Sample | None:
+        """Return the newest sample to be posted; it stays until settle()."""
+        with self._lock:
+            self._absorb()
+            return self._take(reversed(self._ring))
+
+    def take_oldest(self, last: Container[int] = ()) -> Sample | None:
+        """Return the oldest sample to be posted, those whose seq is in `last` after all others."""
+        with self._lock:
+            self._absorb()
+            return self._take(sorted(self._ring, key=lambda seq: (seq in last, seq)))
+
+    def _take(self, order: Iterable[int]) -> Sample | None:
+        self._in_flight = next(iter(order), None)
+        return None if self._in_flight is None else self._ring[self._in_flight]
+
+    def settle(self, *, delivered: bool = False, refused: bool = False) -> None:
+        """End what take_.. began: the sample leaves if delivered or refused, else it stays."""
+        with self._lock:
+            if self._in_flight is not None and (delivered or refused):
+                del self._ring[self._in_flight]
+                self._delivered += delivered
+                self._refused += refused
+            self._in_flight = None
+
+    def newest(self) -> Sample | None:
+        """Return the newest sample, which stays; it is not about to be posted."""
+        with self._lock:
+            self._absorb()
+            return next(reversed(self._ring.values()), None)
+
+    def _absorb(self) -> None:
+        while True:
+            try:
+                self._add(self._inbox.get_nowait())
+            except queue.Empty:
+                return
+
+    def _add(self, sample: Sample | None) -> None:
+        if sample is None:
+            return
+        self._sampled += 1
+        is_late = sample.seq < next(reversed(self._ring), 0)  # wait() was overtaken by _absorb()
+        self._ring[sample.seq] = sample
+        if is_late:
+            self._ring = dict(sorted(self._ring.items()))
+        if len(self._ring) > self._size:
+            oldest = next(seq for seq in self._ring if seq != self._in_flight)
+            del self._ring[oldest]
+            self._dropped += 1
+
+
+# --- what the dashboard is told: dialects -------------------------------------------------
+
+
+class Request(NamedTuple):
+    """A POST, ready to be sent."""
+
+    path: str
+    headers: dict[str, str]
+    body: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Node:
+    """What a node registers with."""
+
+    node_id: str
+    hostname: str
+    ip: str
+    role: str
+
+
+class V1:
+    """README's wire contract: Bearer key, snake_case, samples as gzip JSON."""
+
+    @staticmethod
+    def register(node: Node, key: str) -> Request:
+        body = {
+            "node_id": node.node_id, "hostname": node.hostname, "ip": node.ip,
+            "role": node.role, "version": VERSION,
+        }
+        return Request("/api/v1/nodes", V1._headers(key), _json(body))
+
+    @staticmethod
+    def sample(packed: bytes, node_id: str, key: str) -> Request:
+        """Render a neutral sample; the same bytes each time for the same node id."""
+        body = {"node_id": node_id, **unpack(packed)}
+        del body["role"]
+        headers = {**V1._headers(key), "Content-Encoding": "gzip"}
+        return Request("/api/v1/metrics/system", headers, gzip.compress(_json(body), mtime=0))
+
+    @staticmethod
+    def _headers(key: str) -> dict[str, str]:
+        return {"Authorization": f"Bearer {key}", "Content-Type": "application/json"}
+
+
+def _json(body: Mapping[str, Any]) -> bytes:
+    return json.dumps(body, separators=(",", ":"), allow_nan=False).encode()
+
+
+DIALECTS = {"v1": V1}
+
+
+# --- the way to the dashboard -------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What came back from a POST. Status 0: no answer, and `reason` says why."""
+
+    status: int
+    reason: str = ""
+    body: bytes = b""
+    content_type: str = ""
+    date: str = ""
+    retry_after: str = ""
+    location: str = ""
+    took_s: float = 0.0
+
+
+class AnswerTooLong(Exception):
+    """An answer went over ANSWER_LIMIT_BYTES."""
+
+
+class _BoundedReader(io.RawIOBase):
+    """Reads an answer within the request's deadline and size, however slowly it drips.
+
+    A socket's own timeout starts anew with every byte that arrives.
+    """
+
+    def __init__(self, inner: Any, sock: socket.socket, adapter: _DeadlineAdapter) -> None:
+        self._inner = inner
+        self._sock = sock
+        self._adapter = adapter
+        self._left = ANSWER_LIMIT_BYTES
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int | None:
+        seconds = self._adapter.deadline - time.monotonic()
+        if seconds <= 0:
+            raise TimeoutError
+        if self._left <= 0:
+            raise AnswerTooLong
+        self._sock.settimeout(seconds)
+        count: int = self._inner.raw.readinto(memoryview(buffer)[: self._left])
+        self._left -= count
+        self._adapter.received += count
+        return count
+
+    def close(self) -> None:
+        self._inner.close()
+        super().close()
+
+
+class _DeadlineAdapter(requests.adapters.HTTPAdapter):
+    """requests' adapter, with one kept-alive connection and a total deadline per request.
+
+    The deadline begins anew when a name has been resolved: getaddrinfo() cannot be bounded.
+    """
+
+    def __init__(self, context: ssl.SSLContext | None) -> None:
+        self._context = context
+        self._limit_s = self.deadline = 0.0
+        self.target: tuple[Any, ...] | None = None  # the socket address last connected to
+        self.connects = 0  # tries
+        self.received = 0  # bytes
+        super().__init__(pool_connections=1, pool_maxsize=1, max_retries=0)
+
+    def begin(self, limit_s: float) -> None:
+        self._limit_s = limit_s
+        self.deadline = time.monotonic() + limit_s
+
+    def init_poolmanager(self, *args: Any, **kwargs: Any) -> None:
+        super().init_poolmanager(*args, **kwargs, ssl_context=self._context)
+        adapter = self
+
+        class Response(http.client.HTTPResponse):
+            def __init__(self, sock: socket.socket, *args: Any, **kwargs: Any) -> None:
+                super().__init__(sock, *args, **kwargs)
+                inner: Any = self.fp
+                self.fp = io.BufferedReader(_BoundedReader(inner, sock, adapter))
+
+            def _read_status(self) -> tuple[str, int, str]:
+                """Skip all interim answers as http.client skips 100 (RFC 9110, 15.2)."""
+                version, status, reason = super()._read_status()  # type: ignore[misc]
+                return version, 100 if 102 <= status < 200 else status, reason
+
+        class Connection(urllib3.connection.HTTPConnection):
+            response_class = Response
+
+            def _new_conn(self) -> socket.socket:
+                return adapter._connect(self.host, self.port)
+
+        class TlsConnection(urllib3.connection.HTTPSConnection):
+            response_class = Response
+
+            def _new_conn(self) -> socket.socket:
+                return adapter._connect(self.host, self.port)
+
+        class Pool(urllib3.HTTPConnectionPool):
+            ConnectionCls = Connection
+
+        class TlsPool(urllib3.HTTPSConnectionPool):
+            ConnectionCls = TlsConnection
+
+        self.poolmanager.pool_classes_by_scheme = {"http": Pool, "https": TlsPool}
+
+    def cert_verify(self, conn: Any, url: str, verify: Any, cert: Any) -> None:
+        """Leave the trust to our own context: requests would add its own CA file to it."""
+        conn.cert_reqs = "CERT_REQUIRED"
+
+    def _connect(self, host: str, port: int) -> socket.socket:
+        self.connects += 1
+        addresses = resolve(host, port)
+        self.deadline = time.monotonic() + self._limit_s
+        error: OSError = OSError(errno.EHOSTUNREACH, "")
+        for index, (family, address) in enumerate(addresses):
+            left = max(0.001, self.deadline - time.monotonic())
+            sock = socket.socket(family, socket.SOCK_STREAM)
+            try:
+                sock.settimeout(left / (len(addresses) - index))
+                sock.connect(address)
+                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                sock.settimeout(max(0.001, self.deadline - time.monotonic()))
+                self.target = address
+                return sock
+            except OSError as failure:
+                sock.close()
+                error = failure
+        raise error
+
+
+def resolve(host: str, port: int) -> list[tuple[int, tuple[Any, ...]]]:
+    """Return (family, socket address) of a host, in the order to try them."""
+    found = socket.getaddrinfo(host.strip("[]"), port, type=socket.SOCK_STREAM)
+    return [(family, address) for family, _, _, _, address in found]
+
+
+SYSTEM_CA = "/etc/ssl/certs/ca-certificates.crt"
+# From libraries that do not declare what they have had for ten years.
+certifi_bundle: Callable[[], str] = requests.certs.where  # type: ignore[attr-defined]
+URLLIB3_VERSION: str = urllib3.__version__  # type: ignore[attr-defined]
+WrongName: type[Exception] = urllib3.connection.CertificateError  # type: ignore[attr-defined]
+
+
+def tls_context(ca_bundle: str) -> ssl.SSLContext:
+    """Return a context that trusts CA_BUNDLE, else the system's store, else certifi's."""
+    for path in [ca_bundle] if ca_bundle else [SYSTEM_CA, certifi_bundle()]:
+        try:
+            context = ssl.create_default_context(cafile=path)
+        except OSError as error:  # ssl.SSLError is one
+            last = error
+            continue
+        # urllib3 1.26 names no IP address to OpenSSL: it compares the certificate's names itself.
+        context.check_hostname = not URLLIB3_VERSION.startswith("1.")
+        return context
+    raise last
+
+
+# X509_V_ERR_* of openssl/x509_vfy.h: what is wrong with a certificate.
+CERTIFICATE_PROBLEMS = {
+    9: "is not valid yet (are the clocks right?)",
+    10: "has expired",
+    18: "is self-signed",
+    19: "comes from a CA that this node does not trust",
+    20: "comes from a CA that this node does not trust",
+    21: "comes from a CA that this node does not trust",
+    62: "is for another name",
+    64: "is for another IP address",
+}
+
+# Why there was no answer, in our own words: an exception's text may hold the key. First match.
+NETWORK_PROBLEMS: tuple[tuple[Any, Callable[[Any], str]], ...] = (
+    (
+        ssl.SSLCertVerificationError,
+        lambda e: f"the dashboard's certificate {CERTIFICATE_PROBLEMS.get(e.verify_code, 'is bad')}"
+        " (CA_BUNDLE names the CA to trust)",
+    ),
+    (
+        WrongName,
+        lambda e: f"the dashboard's certificate {CERTIFICATE_PROBLEMS[62]}"
+        " (CA_BUNDLE names the CA to trust)",
+    ),
+    (socket.gaierror, lambda e: "the name in DASHBOARD_URL cannot be resolved"),
+    (TimeoutError, lambda e: "no complete answer in time (a firewall, or a dashboard that hangs)"),
+    (ConnectionRefusedError, lambda e: "connection refused"),
+    (
+        (ConnectionError, http.client.IncompleteRead, ssl.SSLEOFError, ssl.SSLZeroReturnError),
+        lambda e: "the connection was closed before the answer was complete",
+    ),
+    (
+        ssl.SSLError,
+        lambda e: f"TLS failed ({e.reason or 'no reason given'}); is this an https:// address?",
+    ),
+    (AnswerTooLong, lambda e: "the headers of the answer are too long"),
+    (http.client.HTTPException, lambda e: "the answer is not HTTP; is DASHBOARD_URL right?"),
+)
+
+
+def explain(error: BaseException) -> str:
+    """Say why there was no answer, without a word of the exception's own text."""
+    causes = list(_causes(error))
+    for kind, words in NETWORK_PROBLEMS:
+        for cause in causes:
+            if isinstance(cause, kind):
+                return words(cause)
+    codes = [c.errno for c in causes if isinstance(c, OSError) and isinstance(c.errno, int)]
+    return os.strerror(codes[-1]) if codes else f"the request failed ({type(error).__name__})"
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    seen: list[BaseException] = []
+    ahead: list[Any] = [error]
+    while ahead:
+        one = ahead.pop(0)
+        if isinstance(one, BaseException) and not any(one is other for other in seen):
+            seen.append(one)
+            yield one
+            ahead += [one.__cause__, one.__context__, getattr(one, "reason", None), *one.args]
+
+
+class Transport:
+    """Posts to the dashboard: one session, one connection, nothing taken from the environment."""
+
+    def __init__(self, base_url: str, ca_bundle: str = "") -> None:
+        self._base_url = base_url
+        secure = base_url.startswith("https://")
+        self._adapter = _DeadlineAdapter(tls_context(ca_bundle) if secure else None)
+        self._session = requests.Session()
+        self._session.trust_env = False  # no proxy, no ~/.netrc, no REQUESTS_CA_BUNDLE
+        self._session.headers.clear()
+        self._session.headers["User-Agent"] = f"tinomail-agent/{VERSION}"
+        self._session.headers["Accept-Encoding"] = "identity"
+        self._session.cookies.set_policy(_NoCookies())
+        self._session.mount("https://", self._adapter)
+        self._session.mount("http://", self._adapter)
+
+    def post(self, request: Request, limit_s: float = REQUEST_DEADLINE_S) -> Answer:
+        """Send one POST; returns within limit_s, name resolution aside, and never raises
+        for what the network or the dashboard does."""
+        started = time.monotonic()
+        self._adapter.begin(limit_s)
+        while True:
+            connects, received = self._adapter.connects, self._adapter.received
+            try:
+                answer = self._post(request, limit_s)
+            except (OSError, http.client.HTTPException, urllib3.exceptions.HTTPError, ValueError,
+                    AnswerTooLong) as error:
+                answer = Answer(0, explain(error))
+                reused = self._adapter.connects == connects
+                if reused and self._adapter.received == received and _is_closed(error):
+                    continue  # the server had closed the idle connection: a new one, at once
+            return dataclasses.replace(answer, took_s=time.monotonic() - started)
+
+    def _post(self, request: Request, limit_s: float) -> Answer:
+        with self._session.post(
+            self._base_url + request.path, data=request.body, headers=request.headers,
+            timeout=limit_s, allow_redirects=False, stream=True,
+        ) as response:
+            return Answer(
+                response.status_code,
+                body=_decoded(_read_body(response.raw), response.headers),
+                content_type=response.headers.get("Content-Type", ""),
+                date=response.headers.get("Date", ""),
+                retry_after=response.headers.get("Retry-After", ""),
+                location=response.headers.get("Location", ""),
+            )
+
+    def source_ip(self) -> str | None:
+        """Return this machine's address on the way to the dashboard, or None.
+
+        Resolves the dashboard's name only before the first connection.
+        """
+        if self._adapter.target is not None:
+            return source_ip(self._adapter.target)
+        parts = urlsplit(self._base_url)
+        port = parts.port or (443 if parts.scheme == "https" else 80)
+        try:
+            targets = resolve(parts.hostname or "", port)
+        except (OSError, UnicodeError):
+            return None
+        return next(filter(None, (source_ip(address) for _, address in targets)), None)
+
+    def close(self) -> None:
+        self._session.close()
+
+
+def _is_closed(error: BaseException) -> bool:
+    kinds = (ConnectionError, ssl.SSLEOFError, ssl.SSLZeroReturnError)
+    return any(isinstance(cause, kinds) for cause in _causes(error))
+
+
+class _NoCookies(http.cookiejar.DefaultCookiePolicy):
+    def set_ok(self, cookie: Any, request: Any) -> bool:
+        return False
+
+
+def _read_body(raw: Any) -> bytes:
+    """Read an answer's body, at most ANSWER_LIMIT_BYTES of it."""
+    body = bytearray()
+    try:
+        while len(body) < ANSWER_LIMIT_BYTES:
+            part = raw.read(8192, decode_content=False)
+            if not part:
+                if raw.length_remaining:  # urllib3 1.26 does not mind
+                    raise http.client.IncompleteRead(bytes(body))
+                break
+            body += part
+    except AnswerTooLong:
+        pass  # its beginning is all we want
+    return bytes(body)
+
+
+def _decoded(body: bytes, headers: Mapping[str, str]) -> bytes:
+    """Undo a compression that was not asked for; what it is none of stays as it is."""
+    if "Content-Encoding" not in headers:
+        return body
+    try:
+        return zlib.decompressobj(47).decompress(body, ANSWER_LIMIT_BYTES)  # gzip or zlib
+    except zlib.error:
+        return body
+
+
+# --- what an answer leads to --------------------------------------------------------------
+
+
+class Fate(Enum):
+    """What becomes of a sample after an answer."""
+
+    DELIVERED = "delivered"
+    RETRY = "tried again after a pause, then kept"
+    KEPT = "kept; tried again at the next heartbeat"
+    REGISTER = "kept; the node registers and tries once more"
+    REFUSED = "refused for good, if the dashboard took others lately; else kept"
+
+
+STATUS_FATES = {
+    400: Fate.REFUSED,
+    404: Fate.REGISTER,
+    408: Fate.RETRY,
+    409: Fate.DELIVERED,  # the dashboard has it already
+    413: Fate.REFUSED,
+    415: Fate.REFUSED,
+    422: Fate.REFUSED,
+    425: Fate.RETRY,
+    429: Fate.RETRY,
+}
+STATUS_ADVICE = {
+    401: "the dashboard does not accept API_KEY: set the key that it gave out",
+    403: "the dashboard forbids it: look there for a blocked key or node",
+    404: "no such address or node: is DASHBOARD_URL right?",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What an answer means: the fate of what was posted, and why in words for the log."""
+
+    fate: Fate
+    status: int = 0  # 0: there was no answer
+    problem: str = ""  # the same each time
+    detail: str = ""  # may differ: what the dashboard wrote
+
+    def __str__(self) -> str:
+        return f"{self.problem}: {self.detail}" if self.detail else self.problem
+
+
+def judge(answer: Answer, key: str) -> Verdict:
+    """Return the verdict on the answer to a sample."""
+    status = answer.status
+    if status == 0:
+        return Verdict(Fate.RETRY, 0, answer.reason)
+    if 200 <= status < 300:
+        if _is_html(answer):
+            return Verdict(
+                Fate.KEPT, status, "a web page answered; DASHBOARD_URL is not the dashboard's"
+            )
+        if _says_failure(answer.body):
+            said = excerpt(answer.body, key)
+            return Verdict(Fate.KEPT, status, f"answered {status} without success", said)
+        return Verdict(Fate.DELIVERED, status)
+    fate = STATUS_FATES.get(status, Fate.RETRY if 500 <= status < 600 else Fate.KEPT)
+    if 300 <= status < 400:
+        where = excerpt(answer.location.encode("utf-8", "replace"), key)
+        return Verdict(fate, status, f"answered {status}, a redirect: correct DASHBOARD_URL", where)
+    detail = STATUS_ADVICE.get(status) or excerpt(answer.body, key)
+    return Verdict(fate, status, f"answered {status}", detail)
+
+
+def _is_html(answer: Answer) -> bool:
+    body = answer.body.lstrip(b"\xef\xbb\xbf \t\r\n")
+    if body.startswith(b"<"):
+        return True
+    return "html" in answer.content_type.lower() and body != b"" and parse_json(body) is None
+
+
+def _says_failure(body: bytes) -> bool:
+    value = parse_json(body)
+    return isinstance(value, dict) and value.get("success") is False
+
+
+def parse_json(body: bytes) -> Any:
+    """Return the value of a JSON text, None if it is none."""
+    try:
+        return json.loads(body)
+    except (ValueError, RecursionError):
+        return None
+
+
+def confirmed_id(body: bytes) -> str | None:
+    """Return the node id that an answer to a registration confirms, None if it names none."""
+    top = parse_json(body)
+    places = (top, top.get("data") if isinstance(top, dict) else None)
+    for name in ("node_id", "nodeId", "id"):
+        for place in places:
+            value = place.get(name) if isinstance(place, dict) else None
+            if isinstance(value, (str, int)) and not isinstance(value, bool) and str(value).strip():
+                return str(value)[:255]
+    return None
+
+
+def excerpt(text: bytes, key: str) -> str:
+    """Return the beginning of an answer, fit for the log: one line, and without the key."""
+    shown = text[:ANSWER_LIMIT_BYTES].decode("utf-8", "replace")
+    return _printable(mask(shown, key))[:EXCERPT_CHARS] or "(empty)"
+
+
+def mask(text: str, key: str) -> str:
+    """Replace the key, in whatever spelling an answer or an exception quotes it."""
+    return _spellings(key).sub("***", text) if key else text
+
+
+@functools.lru_cache(maxsize=1)
+def _spellings(key: str) -> re.Pattern[str]:
+    """Match the key with its punctuation as it is, or escaped for a string, JSON, URL or HTML."""
+    letters = []
+    for c in key:
+        code = f"0*{ord(c):x}"
+        names = "".join(f"|{name}" for name, value in HTML_NAMES.items() if value == c)
+        as_html = rf"&(?:#x{code}|#0*{ord(c)}{names});"
+        escaped = rf"(?:\\+[ux]{code}|%{ord(c):02x}|{as_html}|\\*{re.escape(c)})"
+        letters.append(c if c.isalnum() else escaped)
+    return re.compile("".join(letters), re.IGNORECASE)
+
+
+HTML_NAMES = {"amp": "&", "lt": "<", "gt": ">", "quot": '"', "apos": "'"}
+
+
+def http_date(text: str) -> float | None:
+    """Return the epoch seconds of an HTTP date, None if it is none."""
+    try:
+        return parsedate_to_datetime(text).timestamp() if text else None
+    except (ValueError, TypeError, OverflowError, IndexError):
+        return None
+
+
+def retry_after_s(answer: Answer, now: float) -> float:
+    """Return how long the dashboard wants to be left alone, at most RETRY_AFTER_LIMIT_S.
+
+    A date is measured against the answer's own Date: the node's clock may be off.
+    """
+    text = answer.retry_after.strip()
+    if re.fullmatch("[0-9]{1,10}", text):
+        seconds = float(text)
+    else:
+        until = http_date(text)
+        seconds = 0.0 if until is None else until - (http_date(answer.date) or now)
+    return min(RETRY_AFTER_LIMIT_S, max(0.0, seconds))
+
+
+def backoff_s(attempt: int, jitter: float) -> float | None:
+    """Return the pause before retry number `attempt` (from 1), None when there is none left.
+
+    jitter, 0 to 1, spreads it from 75 to 125 %.
+    """
+    return BACKOFF_S[attempt - 1] * (0.75 + 0.5 * jitter) if attempt <= len(BACKOFF_S) else None
+
+
+# --- sending ------------------------------------------------------------------------------
+
+
+class Sender:
+    """Registers the node and delivers what is in the buffer; used by one thread only."""
+
+    def __init__(
+        self,
+        config: Config,
+        buffer: Buffer,
+        transport: Transport,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+        now: Callable[[], float] = time.time,
+        jitter: Callable[[], float] = random.random,
+    ) -> None:
+        self._config = config
+        self._buffer = buffer
+        self._transport = transport
+        self._dialect = DIALECTS[config.dashboard_api]
+        self._clock = clock
+        self._now = now
+        self._jitter = jitter
+        self._node_id: str | None = None  # as confirmed; None: not registered yet
+        self._registered: tuple[str, str] | None = None  # the role and IP it was done with
+        self._told = ""  # what was logged of it
+        self._tried_seq = 0  # the newest sample that was there at the last attempt
+        self._failures = 0  # of heartbeats, in a row
+        self._failing_since = 0.0
+        self._drain_left = 0  # how many of the oldest the last success lets through
+        self._setbacks: dict[int, int] = {}  # seq -> failed tries, while others got through
+        self._next_try = math.inf  # inf: when a new sample comes
+        self._quiet_until = -math.inf  # Retry-After
+        self._down_since: float | None = None
+        self._said: set[str] = set()  # in this outage
+        self._dropped_before = 0  # what was told of
+        self._last_delivery = -math.inf
+        self._clock_said = False
+        self.clock_offset_s: int | None = None
+        self.progress = clock()  # when the last attempt, or idle round, was completed
+        self.crashes = 0
+        self.last = "nothing sent yet"
+
+    def run(self) -> None:
+        """Deliver until the buffer is closed, then flush what the time allows."""
+        while True:
+            is_last = self._buffer.is_closed
+            try:
+                pause = self.flush(STOP_LIMIT_S - 0.5) if is_last else self.step()
+                self.progress = self._clock()
+            except Exception:
+                self.crashes += 1
+                log.exception("the sender failed; it goes on with the next sample")
+                pause = SENDER_WAKE_S
+            if is_last:
+                return
+            self._buffer.wait(min(pause, SENDER_WAKE_S))
+
+    def step(self) -> float:
+        """Do what is due; return the seconds until something will be, a new sample aside."""
+        self._say_dropped()
+        newest = self._buffer.newest()
+        if newest is None:
+            self._next_try = math.inf
+            self._drain_left = 0
+        elif self._has_fresh() and self._next_try == math.inf:
+            self._next_try = max(self._clock(), self._quiet_until)
+        if self._next_try > self._clock() or newest is None:
+            return self._next_try - self._clock()
+        self._next_try = math.inf
+        if self._has_fresh() or not self._drain_left:
+            self._tried_seq = newest.seq
+            is_delivered = self._ready(newest) and self._deliver_newest()
+            self._drain_left = DRAIN_PER_SUCCESS if is_delivered else 0
+        self._drain()
+        return 0.0 if self._has_fresh() else self._next_try - self._clock()
+
+    def flush(self, limit_s: float) -> float:
+        """Deliver what waits, newest first, until the first failure or the end of the time.
+
+        Returns what is left of the time, in seconds.
+        """
+        deadline = self._clock() + limit_s
+        may_post = self._clock() >= self._quiet_until and self._node_id is not None
+        while may_post and (left := deadline - self._clock()) > 0:
+            sample = self._buffer.take_newest()
+            if sample is None:
+                break
+            verdict = self._post(sample, min(left, REQUEST_DEADLINE_S))
+            may_post = verdict.fate is Fate.DELIVERED
+            self._buffer.settle(delivered=may_post)
+        return max(0.0, deadline - self._clock())
+
+    def _has_fresh(self) -> bool:
+        """Tell whether a sample came since the last attempt."""
+        newest = self._buffer.newest()
+        return newest is not None and newest.seq > self._tried_seq
+
+    # - registration
+
+    def _ready(self, newest: Sample) -> bool:
+        """Register if need be; tell whether samples may be posted."""
+        ip = self._transport.source_ip()
+        self.progress = self._clock()  # a name server may take its time, here and in the post
+        if self._registered and (ip is None or self._registered == (newest.role, ip)):
+            return True
+        verdict = self._register(newest.role, ip)
+        if verdict.fate is Fate.DELIVERED:
+            return True
+        if self._node_id is None or verdict.status == 0:
+            self._trouble(verdict)
+            return False
+        self._say_once(f"cannot register again: {verdict.problem}", verdict.detail)
+        return True  # under the id that was confirmed before
+
+    def _register(self, role: str, ip: str | None) -> Verdict:
+        key = self._config.api_key
+        if ip is None:
+            problem = "there is no address of, or no route to, the dashboard"
+            return Verdict(Fate.RETRY, 0, problem)
+        hostname = _printable(socket.gethostname())[:255]
+        node = Node(self._config.node_id, hostname, ip, role)
+        answer = self._transport.post(self._dialect.register(node, key))
+        verdict = self._read(answer)
+        if verdict.fate is not Fate.DELIVERED:
+            problem = f"registration: {verdict.problem}"
+            return dataclasses.replace(verdict, problem=problem)
+        confirmed = confirmed_id(answer.body) if answer.status < 300 else None
+        self._node_id = confirmed or self._config.node_id
+        self._registered = (role, ip)
+        shown = excerpt(self._node_id.encode("utf-8", "replace"), key)
+        told = f"registered as {shown} (role {role}, address {ip})"
+        if told != self._told:
+            self._told = told
+            log.info("%s", told)
+        return verdict
+
+    # - samples
+
+    def _deliver_newest(self) -> bool:
+        sample = self._buffer.take_newest()
+        if sample is None:
+            return False
+        verdict = self._post(sample)
+        if verdict.fate is Fate.REGISTER:
+            again = self._register(sample.role, self._transport.source_ip())
+            if again.fate is Fate.DELIVERED:
+                verdict = self._post(sample)
+            else:
+                verdict = dataclasses.replace(again, fate=Fate.KEPT)
+        delivered = verdict.fate is Fate.DELIVERED
+        refused = verdict.fate is Fate.REFUSED and self._takes_others()
+        self._buffer.settle(delivered=delivered, refused=refused)
+        if delivered:
+            self._recovered()
+        elif refused:
+            self._say_refused(verdict)
+        else:
+            self._failed(verdict)
+        return delivered
+
+    def _drain(self) -> None:
+        """Deliver up to 10 of the oldest per success; a new sample or the end of all ends it."""
+        while self._drain_left and not self._buffer.is_closed and not self._has_fresh():
+            late = [s for s, tries in self._setbacks.items() if tries >= TRIES]
+            sample = self._buffer.take_oldest(late)
+            if sample is None:
+                self._drain_left = 0
+                return
+            verdict = self._post(sample)
+            delivered = verdict.fate is Fate.DELIVERED
+            refused = verdict.fate is Fate.REFUSED or self._is_poison(sample, verdict)
+            self._buffer.settle(delivered=delivered, refused=refused)
+            if delivered or refused:
+                self._setbacks.pop(sample.seq, None)
+                self._drain_left -= 1
+            if refused:
+                self._say_refused(verdict)
+            if not (delivered or refused):
+                self._set_back(sample, verdict)
+                return
+
+    def _set_back(self, sample: Sample, verdict: Verdict) -> None:
+        """Plan the next try of a sample that failed after another got through.
+
+        It has a try and three retries, like any; then it goes behind all others.
+        """
+        tries = self._setbacks[sample.seq]
+        pause = backoff_s(tries % TRIES, self._jitter()) if tries % TRIES else None
+        if verdict.fate is Fate.RETRY and pause is not None:
+            self._next_try = max(self._clock() + pause, self._quiet_until)
+            return
+        self._drain_left = 0
+        problem = f"samples that wait are not taken: {verdict.problem}"
+        self._say_once(problem, verdict.detail)
+
+    def _is_poison(self, sample: Sample, verdict: Verdict) -> bool:
+        """Count a failed try; tell whether the dashboard will never take this sample.
+
+        That is so when it answered 5xx five times, retries included, while it took others.
+        """
+        if verdict.fate in (Fate.DELIVERED, Fate.REFUSED):
+            return False
+        tries = self._setbacks.get(sample.seq, 0) + 1
+        if verdict.fate is not Fate.RETRY:
+            tries = max(tries, TRIES)  # no retries: it goes behind the others at once
+        self._setbacks[sample.seq] = tries
+        while len(self._setbacks) > self._config.buffer_size:
+            del self._setbacks[next(iter(self._setbacks))]
+        return verdict.status >= 500 and tries >= TRIES * REFUSALS_BY_5XX
+
+    def _post(self, sample: Sample, limit_s: float = REQUEST_DEADLINE_S) -> Verdict:
+        node_id = self._node_id or self._config.node_id
+        request = self._dialect.sample(sample.packed, node_id, self._config.api_key)
+        verdict = self._read(self._transport.post(request, limit_s))
+        if verdict.fate is Fate.DELIVERED:
+            self._last_delivery = self._clock()
+        return verdict
+
+    def _read(self, answer: Answer) -> Verdict:
+        """Judge an answer, and note what else it tells: when to ask again, and the time there."""
+        verdict = judge(answer, self._config.api_key)
+        if verdict.fate is Fate.RETRY:
+            self._quiet_until = self._clock() + retry_after_s(answer, self._now())
+        self.progress = self._clock()
+        self.last = f"last {answer.status or 'unanswered'} in {answer.took_s * 1000:.0f} ms"
+        date = http_date(answer.date)
+        if date is not None:
+            self.clock_offset_s = round(self._now() - date - 0.5)  # Date is cut to the second
+            self._say_clock(self.clock_offset_s)
+        return verdict
+
+    def _takes_others(self) -> bool:
+        return self._clock() - self._last_delivery <= REFUSAL_WINDOW_S
+
+    # - changes of state, each said once
+
+    def _failed(self, verdict: Verdict) -> None:
+        """Plan the next attempt: a retry, or the next heartbeat once the dashboard is down."""
+        if not self._failures:
+            self._failing_since = self._clock()
+        self._failures += 1
+        pause = backoff_s(self._failures, self._jitter())
+        told_to_wait = self._quiet_until - self._clock() > sum(BACKOFF_S)
+        retryable = verdict.fate is Fate.RETRY and self._down_since is None and not told_to_wait
+        if retryable and pause is not None:
+            self._next_try = max(self._clock() + pause, self._quiet_until)
+        else:
+            self._trouble(verdict)
+
+    def _trouble(self, verdict: Verdict) -> None:
+        if self._down_since is None:
+            self._down_since = self._failing_since if self._failures else self._clock()
+        self._say_once(
+            f"not delivered (up to {self._config.buffer_size} samples are kept): {verdict.problem}",
+            verdict.detail,
+        )
+
+    def _recovered(self) -> None:
+        self._failures = 0
+        if self._down_since is None:
+            return
+        dropped = self._say_dropped(at_the_end=True)
+        log.log(
+            logging.WARNING if dropped else logging.INFO,
+            "delivering again after %d s, %d waiting%s",
+            self._clock() - self._down_since, self._buffer.counters().waiting, dropped,
+        )
+        self._down_since = None
+        self._said.clear()
+
+    def _say_dropped(self, *, at_the_end: bool = False) -> str:
+        """Tell what the ring dropped: in an outage at its end, else in a line of its own."""
+        if self._down_since is not None and not at_the_end:
+            return ""
+        dropped = self._buffer.counters().dropped
+        lost, self._dropped_before = dropped - self._dropped_before, dropped
+        if not lost:
+            return ""
+        size = self._config.buffer_size
+        if not at_the_end:
+            self._say_once("the dashboard is too slow: samples are dropped", f"BUFFER_SIZE={size}")
+        return f", {lost} dropped (BUFFER_SIZE={size} was too small)"
+
+    def _say_clock(self, offset_s: int) -> None:
+        """Samples with a wrong time land where nobody looks."""
+        if abs(offset_s) > CLOCK_OFFSET_LIMIT_S and not self._clock_said:
+            self._clock_said = True
+            way = "ahead of" if offset_s > 0 else "behind"
+            log.warning(
+                "this node's clock is %d s %s the dashboard's: is time synchronisation running?",
+                abs(offset_s), way,
+            )
+
+    def _say_once(self, problem: str, detail: str) -> None:
+        if problem not in self._said:
+            self._said.add(problem)
+            log.warning("%s", f"{problem}: {detail}" if detail else problem)
+
+    def _say_refused(self, verdict: Verdict) -> None:
+        refused = self._buffer.counters().refused
+        log.warning("a sample was refused for good (%d so far): %s", refused, verdict)
+
+    def status(self) -> str:
+        """Say in one line how the sending goes, for `systemctl status`."""
+        counters = self._buffer.counters()
+        state = "ok" if self._down_since is None else "not delivering"
+        return f"{state}: {counters.delivered} sent, {counters.waiting} waiting, {self.last}"
+
+
+# --- the service --------------------------------------------------------------------------
+
+
+class Notifier:
+    """Speaks to systemd over its notify socket (sd_notify(3)); silent without one."""
+
+    def __init__(self, environ: Mapping[str, str]) -> None:
+        self._socket = sdnotify.SystemdNotifier()
+        self.is_systemd = bool(environ.get("NOTIFY_SOCKET"))
+        ours = environ.get("WATCHDOG_PID", str(os.getpid())) == str(os.getpid())
+        micros = environ.get("WATCHDOG_USEC", "0") if ours else "0"
+        self.watchdog_s = int(micros) / 1e6 if micros.isdigit() else 0.0  # 0: no watchdog
+
+    def send(self, *lines: str) -> None:
+        if self.is_systemd:
+            self._socket.notify("\n".join(lines))
+
+
+class Agent:
+    """The three threads: this one supervises, `collector` samples, `sender` delivers."""
+
+    SIGNALS = frozenset((signal.SIGTERM, signal.SIGINT, signal.SIGUSR1))
+
+    def __init__(self, config: Config, environ: Mapping[str, str]) -> None:
+        self._config = config
+        self._stop = threading.Event()
+        self._buffer = Buffer(config.buffer_size)
+        transport = Transport(config.dashboard_url, config.ca_bundle)
+        self._sender = Sender(config, self._buffer, transport)
+        self._collector = Collector(config, agent_figures=self._figures)
+        self._notifier = Notifier(environ)
+        self._is_ready = False
+        self._next_ping = 0.0
+        self._said_stalled = self._said_large = False
+
+    def run(self) -> int:
+        """Run until SIGTERM or SIGINT; return the exit code."""
+        # Blocked in every thread, and taken one by one in supervise(): no handler runs.
+        signal.pthread_sigmask(signal.SIG_BLOCK, self.SIGNALS)
+        collector = threading.Thread(target=self._collect, name="collector", daemon=True)
+        sender = threading.Thread(target=self._sender.run, name="sender", daemon=True)
+        collector.start()
+        sender.start()
+        log.info(
+            "TinoMail agent %s started: node %s, a sample every %g s to %s",
+            VERSION, self._config.node_id, self._config.interval_s, self._config.dashboard_url,
+        )
+        self._supervise()
+        self._notifier.send("STOPPING=1", "STATUS=delivering what waits")
+        deadline = time.monotonic() + STOP_LIMIT_S
+        self._stop.set()
+        collector.join(STOP_LIMIT_S - 1.5)  # the sample under way is to be delivered too
+        self._buffer.close()
+        sender.join(max(0.0, deadline - time.monotonic()))
+        log.info("stopped: %s", self._counters())
+        return 0
+
+    def _collect(self) -> None:
+        """Put a sample into the buffer at every tick."""
+        collector, interval = self._collector, self._config.interval_s
+        try:
+            collector.prime()
+        except Exception:
+            collector.crashed()
+        due = time.monotonic() + PRIME_S
+        while not self._stop.wait(max(0.0, due - time.monotonic())):
+            try:
+                self._buffer.put(collector.collect())
+                collector.progress = time.monotonic()
+            except Exception:
+                collector.crashed()
+            due = next_tick(due, time.monotonic(), interval)
+
+    def _supervise(self) -> None:
+        """Wait for signals; between them see that both threads live, and tell systemd."""
+        while True:
+            pause = SUPERVISE_S if self._is_ready else 0.05
+            caught = signal.sigtimedwait(self.SIGNALS, pause)
+            if caught is None:
+                self._look_after()
+            elif caught.si_signo == signal.SIGUSR1:
+                log.info("%s", self._counters())
+            else:
+                return
+
+    def _look_after(self) -> None:
+        if not self._is_ready:
+            if not self._collector.samples:
+                return
+            self._is_ready = True
+            self._notifier.send("READY=1")
+        now = time.monotonic()
+        if now < self._next_ping:
+            return
+        watchdog_s = self._notifier.watchdog_s
+        self._next_ping = now + (min(10.0, watchdog_s / 3) or 10.0)
+        stalled = self._stalled_thread(now, watchdog_s)
+        if stalled and not self._said_stalled:
+            log.critical("the %s hangs: leaving it to systemd's watchdog", stalled)
+        self._said_stalled = bool(stalled)
+        if self._is_too_large():
+            self._notifier.send("WATCHDOG=trigger")
+        elif not stalled:
+            self._notifier.send("WATCHDOG=1", f"STATUS={self._sender.status()}")
+
+    def _stalled_thread(self, now: float, limit_s: float) -> str:
+        """Return the name of a thread that made no progress for the watchdog's time, or ""."""
+        if limit_s > 0:
+            if now - self._collector.progress > limit_s + self._config.interval_s:
+                return "collector"
+            if now - self._sender.progress > limit_s:
+                return "sender"
+        return ""
+
+    def _is_too_large(self) -> bool:
+        try:
+            rss_mib = own_rss_bytes() / MIB
+        except OSError:
+            return False  # out of file descriptors, say
+        too_large = rss_mib > self._config.memory_limit_mb
+        if too_large and not self._said_large:
+            log.critical(
+                "%.0f MiB of memory are more than MEMORY_LIMIT_MB=%d: asking systemd for a restart",
+                rss_mib, self._config.memory_limit_mb,
+            )
+        self._said_large = too_large
+        return too_large
+
+    def _figures(self) -> dict[str, Any]:
+        counters = self._buffer.counters()
+        figures: dict[str, Any] = {
+            "buffered": counters.waiting,
+            "sent_total": counters.delivered,
+            "dropped_total": counters.dropped,
+            "refused_total": counters.refused,
+        }
+        if self._sender.clock_offset_s is not None:
+            figures["clock_offset_sec"] = self._sender.clock_offset_s
+        return figures
+
+    def _counters(self) -> str:
+        c = self._buffer.counters()
+        return (
+            f"{c.sampled} sampled, {c.delivered} delivered, {c.refused} refused, "
+            f"{c.dropped} dropped, {c.waiting} waiting, "
+            f"{self._collector.collect_errors} collect errors, {self._sender.crashes} crashes"
+        )
+
+
+# --- logging ------------------------------------------------------------------------------
+
+JOURNAL_PRIORITY = {  # sd-daemon(3)
+    logging.DEBUG: 7, logging.INFO: 6, logging.WARNING: 4, logging.ERROR: 3, logging.CRITICAL: 2,
+}
+
+
+class LogFormatter(logging.Formatter):
+    """Time and level for a terminal, `<N>` for the journal; a traceback without the key."""
+
+    def __init__(self, key: str, journal: bool) -> None:
+        super().__init__("%(message)s" if journal else "%(asctime)s %(levelname)-8s %(message)s")
+        self._key = key
+        self._journal = journal
+
+    def format(self, record: logging.LogRecord) -> str:
+        text = super().format(record)
+        if not self._journal:
+            return text
+        prefix = f"<{JOURNAL_PRIORITY.get(record.levelno, 6)}>"
+        return "\n".join(prefix + line for line in text.splitlines())
+
+    def formatException(self, ei: Any) -> str:  # noqa: N802 (logging's own name)
+        return mask(super().formatException(ei), self._key)
+
+
+def is_journal(environ: Mapping[str, str], fd: int) -> bool:
+    """Tell whether a file descriptor leads to the journal (systemd.exec(5), $JOURNAL_STREAM)."""
+    try:
+        found = os.fstat(fd)
+    except OSError:
+        return False
+    return environ.get("JOURNAL_STREAM", "") == f"{found.st_dev}:{found.st_ino}"
+
+
+def set_up_logging(level: str, key: str, environ: Mapping[str, str]) -> None:
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(LogFormatter(key, is_journal(environ, 2)))
+    log.handlers[:] = [handler]
+    logging.raiseExceptions = False  # a log that cannot be written is no reason to fail
+    log.propagate = False
+    log.setLevel(level.upper())
+
+
+# --- command line -------------------------------------------------------------------------
+
+
+def build_parser() -> argparse.ArgumentParser:
+    lines = [
+        f"  {s.name:<19} {s.help}" + (f" [{s.default}]" if s.default else "") for s in SETTINGS
+    ]
+    parser = argparse.ArgumentParser(
+        prog="tinomail_agent.py",
+        description="Samples this mail node and reports it to a dashboard. "
+        "Without an option it runs as a service.",
+        epilog="settings, from the environment or the env file:\n" + "\n".join(lines)
+        + "\n\nexit codes: 0 done, 1 failed, 2 wrong usage, 78 wrong settings",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    mode = parser.add_mutually_exclusive_group()
+    mode.add_argument("--once", action="store_true", help="print one sample as JSON; post nothing")
+    mode.add_argument(
+        "--check", action="store_true",
+        help="show the settings and one sample, and register this node to try the dashboard",
+    )
+    parser.add_argument("--env-file", metavar="FILE", help="read the settings from this file")
+    parser.add_argument("--version", action="version", version=f"tinomail-agent {VERSION}")
+    return parser
+
+
+def take_sample(config: Config) -> tuple[Sample, dict[str, float]]:
+    """Take one sample with real rates; return it with what it cost."""
+    collector = Collector(config)
+    collector.prime()
+    time.sleep(PRIME_S)
+    wall, cpu = time.monotonic(), time.process_time()
+    sample = collector.collect()
+    return sample, {
+        "wall_ms": 1000 * (time.monotonic() - wall),
+        "cpu_ms": 1000 * (time.process_time() - cpu),
+        "rss_mib": own_rss_bytes() / MIB,
+    }
+
+
+def run_once(config: Config) -> int:
+    sample, _ = take_sample(config)
+    request = DIALECTS[config.dashboard_api].sample(sample.packed, config.node_id, "")
+    print(json.dumps(json.loads(gzip.decompress(request.body)), indent=2))
+    return 0
+
+
+def run_check(config: Config) -> int:
+    """Show what an administrator wants to know before trusting the agent with a node."""
+    print(f"TinoMail agent {VERSION}\n")
+    print(f"settings (from the environment, then {config.env_file or 'no file'})")
+    for setting in SETTINGS:
+        print(f"  {setting.name:<19} {describe_setting(setting, config)}")
+    for warning in config.warnings:
+        print(f"  warning: {warning}")
+    sample, cost = take_sample(config)
+    print("\nsample")
+    for line in describe_sample(unpack(sample.packed)):
+        print(f"  {line}")
+    print(
+        f"\ncost: {cost['cpu_ms']:.1f} ms of CPU and {cost['wall_ms']:.0f} ms for this sample, "
+        f"{cost['rss_mib']:.1f} MiB of memory"
+    )
+    transport = Transport(config.dashboard_url, config.ca_bundle)
+    ip = transport.source_ip()
+    if ip is None:
+        print("\ndashboard: FAILED: there is no address of, or no route to, the dashboard")
+        return 1
+    node = Node(config.node_id, socket.gethostname()[:255], ip, sample.role)
+    answer = transport.post(DIALECTS[config.dashboard_api].register(node, config.api_key))
+    verdict = judge(answer, config.api_key)
+    if verdict.fate is not Fate.DELIVERED:
+        print(f"\ndashboard: FAILED: {verdict}")
+        return 1
+    confirmed = confirmed_id(answer.body) or config.node_id
+    node_id = excerpt(confirmed.encode("utf-8", "replace"), config.api_key)
+    print(f"\ndashboard: ok, registered as {node_id} (role {sample.role}, address {ip}) "
+          f"in {answer.took_s * 1000:.0f} ms")
+    return 0
+
+
+def describe_setting(setting: Setting, config: Config) -> str:
+    """Return a setting's value for people; never a secret."""
+    value = getattr(config, setting.name.lower())
+    if setting.secret:
+        return f"set, {len(value)} characters" if value else "not set"
+    if isinstance(value, tuple):
+        return ",".join("=".join(v) if isinstance(v, tuple) else str(v) for v in value) or "none"
+    if isinstance(value, bool):
+        return str(value).lower()
+    return "auto" if value is None else str(value) or "(default)"
+
+
+def describe_sample(sample: Mapping[str, Any]) -> list[str]:
+    """Say a neutral sample in words, a line per topic; what is missing is said."""
+    system = sample["system"]
+
+    def show(text: str) -> str:
+        try:
+            return text.format(**system)
+        except (LookupError, ValueError):
+            return text.split(" ", 1)[0] + " could not be read"
+
+    mib = {k: system[k] / MIB for k in ("ram_used_bytes", "ram_total_bytes") if k in system}
+    system = {**system, **{k.replace("bytes", "mib"): v for k, v in mib.items()}}
+    lines = [
+        show("cpu         {cpu_percent} %, load {load_avg[0]} {load_avg[1]} {load_avg[2]}"),
+        show("memory      {ram_used_mib:.0f} of {ram_total_mib:.0f} MiB, {ram_used_percent} %"),
+        show("disk-io     {disk_read_bytes_sec} bytes/s read, {disk_write_bytes_sec} written"),
+        show("network     {net_rx_bytes_sec} bytes/s in, {net_tx_bytes_sec} out, "
+             "errors {net_rx_errors} in, {net_tx_errors} out"),
+        show("tcp         {tcp_established} established, {tcp_time_wait} time-wait, "
+             "{tcp_close_wait} close-wait"),
+        show("files       {open_files} open; up for {uptime_seconds} s"),
+    ]
+    for row in system.get("disks", ()):
+        gib = row["free_bytes"] / MIB / 1024
+        lines.append(f"disk        {row['mount']}: {row['used_percent']} %, {gib:.1f} GiB free")
+    for name, p in sample.get("processes", {}).items():
+        line = f"{name:<11} {p['status'].replace('_', ' ')}"
+        if p["pid"]:
+            line += f", pid {p['pid']}, {p['memory_mb']} MiB, {p['cpu_percent']} % CPU"
+        lines.append(line)
+    states = {True: "up", False: "down"}
+    ports = [f"{name[5:]} {states[up]}" for name, up in sample.get("services", {}).items()]
+    return [*lines, f"ports       {', '.join(ports) or 'could not be checked'}"]
+
+
+def main(argv: list[str] | None = None) -> int:
+    code = run(argv)
+    return code if flush_streams() else code or 1
+
+
+def run(argv: list[str] | None) -> int:
+    parser = build_parser()
+    options = parser.parse_args(argv)
+    if options.env_file == "":
+        parser.error("--env-file needs the name of a file")
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a path may hold any bytes
+    try:
+        config = load_config(os.environ, options.env_file, need_dashboard=not options.once)
+    except SettingsError as error:
+        set_up_logging("info", "", os.environ)
+        for problem in error.problems:
+            log.error("%s", problem)
+        return EX_CONFIG
+    set_up_logging(config.log_level, config.api_key, os.environ)
+    try:
+        if options.once:
+            return run_once(config)
+        if options.check:
+            return run_check(config)
+        for warning in config.warnings:
+            log.warning("%s", warning)
+        if sys.stderr:
+            faulthandler.enable()  # SIGABRT from the watchdog leaves every thread's stack
+        return Agent(config, os.environ).run()
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        return 1  # whoever read our output has gone
+    except Exception:
+        log.exception("the agent failed")
+        return 1
+
+
+def flush_streams() -> bool:
+    """Flush the output now, since Python would complain at exit; tell whether stdout took it."""
+    is_written = True
+    for stream in filter(None, (sys.stdout, sys.stderr)):
+        try:
+            stream.flush()
+        except OSError:
+            is_written = is_written and stream is not sys.stdout
+            with open(os.devnull, "wb") as null:
+                os.dup2(null.fileno(), stream.fileno())
+    return is_written
+
+
+if __name__ == "__main__":
+    sys.exit(main())

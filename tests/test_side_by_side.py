@@ -530,6 +530,13 @@ def make_network() -> int:
         out("ip", *command.split())
     out(*there, "ip", "addr", "add", f"{THERE[0]}/24", "dev", "far")
     out(*there, "ip", "link", "set", "far", "up")
+    # The kernel would ask again for a neighbour that it has not heard of for 5 s.
+    for enter, device, other, far in (
+        ((), "br0", THERE, (*there, "ip")), (there, "far", HERE, ("ip",)),
+    ):
+        [facts] = json.loads(out(*far, "-j", "link", "show", "far" if not enter else "br0"))
+        out(*enter, "ip", "neigh", "replace", other[0], "lladdr", facts["address"],
+            "dev", device, "nud", "permanent")
     return world
 
 
@@ -540,6 +547,19 @@ def link_counters() -> dict[str, list[int]]:
         name: [stats[way][what] for what in ("bytes", "errors") for way in ("rx", "tx")]
         for name, stats in links.items()
     }
+
+
+def settled_counters() -> dict[str, list[int]]:
+    """Return link_counters() once all is delivered: a busy kernel does so after the send."""
+    seen = [link_counters()]
+
+    def is_still() -> bool:
+        time.sleep(0.2)
+        seen.append(link_counters())
+        return seen[-1] == seen[-2]
+
+    eventually(is_still, what="the counters come to rest")
+    return seen[-1]
 
 
 def reaches(one: socket.socket, other: socket.socket, address: tuple[str, int]) -> bool:
@@ -582,14 +602,15 @@ def scene_network(interfaces: str, sys_root: str) -> dict[str, Any]:
         here.bind(HERE)
         there.bind(THERE)
         eventually(lambda: reaches(here, there, THERE) and reaches(there, here, HERE))
+        before = settled_counters()
         collector._read_network()
-        before = link_counters()
+        assert before == link_counters(), "it moved while we looked"
         send_traffic(here, there)
         spoil_traffic()
         attach = struct.pack("16sH22x", b"tun0", 0x1001)  # IFF_TUN | IFF_NO_PI
         assert libc.ioctl(tun.fileno(), 0x400454CA, attach) == 0  # TUNSETIFF
         tun.write(struct.pack("!BBHHHBBH4s4s", 0x45, 0, 20, 0, 0, 64, 17, 0, bytes(4), bytes(4)))
-        after = link_counters()
+        after = settled_counters()
         now[0] = 10.0
         found = collector._read_network()
         assert after == link_counters(), "it moved while we looked"

@@ -75,6 +75,7 @@ RETRY_AFTER_LIMIT_S = 300.0
 REFUSAL_WINDOW_S = 300.0  # a refusal counts only if others were delivered this recently
 REFUSALS_BY_5XX = 5  # a sample that fails this often while others get through is set aside
 DRAIN_PER_SUCCESS = 10
+MIRROR_AFTER_S = 1.0  # what is not delivered by then is written to the disk
 STOP_LIMIT_S = 5.0
 CLOCK_OFFSET_LIMIT_S = 30
 SENDER_WAKE_S = 10.0  # the idle sender shows that it lives this often
@@ -1207,7 +1208,10 @@ class Collector:
         now: Callable[[], float] = time.time,
         count_sockets: Callable[..., TcpCensus] = count_tcp,
         agent_figures: Callable[[], dict[str, Any]] = dict,
+        role: str = "unknown",
+        first_seq: int = 1,
     ) -> None:
+        """role: what `auto` found in an earlier life; first_seq: the number of the next sample."""
         self._config = config
         self._proc = proc
         self._sys = sys_root
@@ -1222,8 +1226,9 @@ class Collector:
         )
         self._said: set[str] = set()
         self._kinds: dict[str, bool] = {}  # device or interface -> whether it is a physical one
-        self.role = "unknown" if config.node_role == "auto" else config.node_role
+        self.role = role if config.node_role == "auto" else config.node_role
         self.collect_errors = 0
+        self._first_seq = first_seq
         self.samples = 0
         self.progress = clock()  # when the last tick was completed
         # What fills `system`: the metric's name for the log, and its reader.
@@ -1272,8 +1277,9 @@ class Collector:
             "collect_errors": self.collect_errors,
             **self._agent_figures(),
         }
+        seq = self._first_seq + self.samples
         self.samples += 1
-        return Sample(self.samples, self.role, pack(body))
+        return Sample(seq, self.role, pack(body))
 
     def _try(self, name: str, reader: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """Run a reader; drop and count what is None, not finite, or could not be read."""
@@ -1534,70 +1540,230 @@ def next_tick(due: float, now: float, interval: float) -> float:
     return due + interval * (max(0, math.floor((now - due) / interval)) + 1)
 
 
+def phase(node_id: str) -> float:
+    """Return 0 to 1, the same for a node each time: nodes that start together part with it."""
+    return zlib.crc32(node_id.encode()) / 2**32
+
+
+# --- what outlives the process -------------------------------------------------------------
+
+SAMPLE_LIMIT_BYTES = 64 * 1024  # of a file; of the JSON in it: 16 times that
+ASIDE_LIMIT = 10  # what was put aside is kept to be looked at, but not for ever
+TIMESTAMP = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z")
+
+
+def read_sample(seq: int, packed: bytes) -> Sample:
+    """Return the sample that a file holds; ValueError if it is torn or not a sample."""
+    inflate = zlib.decompressobj()
+    try:
+        text = inflate.decompress(packed, 16 * SAMPLE_LIMIT_BYTES)
+        body = json.loads(text, parse_constant=_no_constant)
+    except (zlib.error, RecursionError) as error:
+        raise ValueError(str(error)) from None
+    if not inflate.eof or inflate.unused_data or not isinstance(body, dict):
+        raise ValueError("it is cut off, or has something behind it")
+    stamp, role = body.get("timestamp"), body.get("role")
+    if not isinstance(body.get("system"), dict) or not TIMESTAMP.fullmatch(str(stamp)):
+        raise ValueError("it is not a sample")
+    if role not in ROLE_PORTS:
+        raise ValueError("it has no role")
+    return Sample(seq, role, packed)
+
+
+def _no_constant(name: str) -> None:
+    raise ValueError(f"{name} is not JSON")
+
+
+class State:
+    """What outlives the process, below STATE_DIRECTORY: the samples that wait, and the role.
+
+    buffer/SEQ.sample holds a sample as it is in memory; `aside` what was found there and is
+    none. Nothing is synced, the disk is the mail server's: a power cut may leave torn files.
+    All but role() raise OSError when the disk fails.
+    """
+
+    def __init__(self, folder: str) -> None:
+        self._role = os.path.join(folder, "role")
+        self._aside = os.path.join(folder, "aside")
+        self._buffer = os.path.join(folder, "buffer")
+
+    def load(self) -> tuple[list[Sample], int]:
+        """Return the samples, oldest first, and how many files were put aside as none."""
+        samples, aside = [], 0
+        os.makedirs(self._buffer, exist_ok=True)
+        with os.scandir(self._buffer) as entries:
+            found = list(entries)
+        for entry in found:
+            try:
+                seq = int(re.sub(r"\.sample$", "", entry.name))
+                if entry.path != self._path(seq) or not entry.is_file(follow_symlinks=False):
+                    raise ValueError("not a file of ours")
+                samples.append(read_sample(seq, read_bytes(entry.path, SAMPLE_LIMIT_BYTES + 1)))
+            except (OSError, ValueError):
+                aside += self._put_aside(entry.path)
+        return sorted(samples, key=lambda sample: sample.seq), aside
+
+    def _put_aside(self, path: str) -> bool:
+        """Move a file out of the way; what was being written when we were killed is no loss."""
+        try:
+            if path.endswith(".new"):
+                os.unlink(path)
+                return False
+            os.makedirs(self._aside, exist_ok=True)
+            os.replace(path, os.path.join(self._aside, f"{time.time_ns()}"))
+            for name in sorted(os.listdir(self._aside))[:-ASIDE_LIMIT]:
+                os.unlink(os.path.join(self._aside, name))
+        except OSError:
+            pass  # it stays, and is no sample the next time either
+        return True
+
+    def write(self, sample: Sample) -> None:
+        """Write a sample so that it is there as a whole or not at all."""
+        self._replace(self._path(sample.seq), sample.packed)
+
+    def remove(self, seq: int) -> None:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(self._path(seq))
+
+    def role(self) -> str:
+        """Return the role that was found in an earlier life, "unknown" if none was."""
+        try:
+            role = read_bytes(self._role, 100).decode("ascii", "replace").strip()
+        except OSError:
+            return "unknown"
+        return role if role in ROLE_RANK else "unknown"
+
+    def remember_role(self, role: str) -> None:
+        self._replace(self._role, f"{role}\n".encode())
+
+    def _path(self, seq: int) -> str:
+        return os.path.join(self._buffer, f"{seq:012}.sample")
+
+    @staticmethod
+    def _replace(path: str, data: bytes) -> None:
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        try:
+            with open(f"{path}.new", "wb", buffering=0) as stream:
+                if stream.write(data) != len(data):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            os.replace(f"{path}.new", path)
+        except OSError:
+            with contextlib.suppress(OSError):
+                os.unlink(f"{path}.new")
+            raise
+
+
 # --- the buffer ---------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
 class Counters:
-    """sampled = delivered + refused + dropped + waiting, at every moment."""
+    """sampled + loaded = delivered + refused + dropped + waiting, at every moment."""
 
     sampled: int
     delivered: int
     refused: int
     dropped: int
     waiting: int
+    loaded: int = 0  # at the start
 
 
 class Buffer:
-    """What waits to be delivered: the queue from the collector, and a ring behind it.
+    """What waits to be delivered: a ring of samples, and a queue that tells of new ones.
 
-    A full ring drops its oldest sample, never the one that is just being posted.
+    A full ring drops its oldest sample, never the one that is just being posted. With a State,
+    what does not leave at once is mirrored there. put() is for one thread, the rest for any.
     """
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: int, state: State | None = None) -> None:
         self._size = size
+        self._state = state
         self.is_closed = False
-        self._inbox: queue.Queue[Sample | None] = queue.Queue()
+        self._news: queue.Queue[int] = queue.Queue()
         # Guards everything below; nothing blocks under it.
         self._lock = threading.Lock()
         self._ring: dict[int, Sample] = {}  # by seq, oldest first
+        self._bare: set[int] = set()  # those of the ring that nobody has begun to mirror
         self._in_flight: int | None = None
-        self._sampled = self._delivered = self._refused = self._dropped = 0
+        self._is_mirroring = True  # False: the disk failed, which was said
+        self._sampled = self._loaded = self._delivered = self._refused = self._dropped = 0
+        self._load()
+
+    def _load(self) -> None:
+        try:
+            samples, aside = self._state.load() if self._state else ([], 0)
+        except OSError as error:
+            self._mirror_failed(error)
+            return
+        self._loaded = len(samples)
+        for sample in samples:
+            self._add(sample)
+        self._bare.clear()
+        for sample in samples[: self._dropped]:
+            self._unmirror(sample.seq)
+        if samples:
+            log.info("%d samples of before are waiting", len(self._ring))
+        if aside:
+            log.warning("%d torn or foreign files in STATE_DIRECTORY were put aside", aside)
+
+    @property
+    def last_seq(self) -> int:
+        """The number of the newest sample that waits, 0 without one."""
+        with self._lock:
+            return next(reversed(self._ring), 0)
 
     def put(self, sample: Sample) -> None:
-        self._inbox.put(sample)
+        """Add a sample, newer than all others. While others wait it is mirrored at once."""
+        with self._lock:
+            is_behind = bool(self._ring)
+            self._sampled += 1
+            dropped = self._add(sample)
+        self._unmirror(dropped)
+        if is_behind:
+            self.mirror()
+        self._news.put(sample.seq)
+
+    def _add(self, sample: Sample) -> int | None:
+        """Add to the ring; return the seq of the sample that had to leave it."""
+        self._ring[sample.seq] = sample
+        self._bare.add(sample.seq)
+        if len(self._ring) <= self._size:
+            return None
+        oldest = next(seq for seq in self._ring if seq != self._in_flight)
+        del self._ring[oldest]
+        self._dropped += 1
+        return oldest
 
     def close(self) -> None:
         """Say that no more samples will come; ends a wait() that is under way."""
         self.is_closed = True
-        self._inbox.put(None)
+        self._news.put(0)
 
     def wait(self, timeout_s: float) -> None:
         """Block until a sample comes, close() is called, or the time is over."""
-        try:
-            sample = self._inbox.get(timeout=max(0.0, timeout_s))
-        except queue.Empty:
-            return
-        with self._lock:
-            self._add(sample)
+        with contextlib.suppress(queue.Empty):
+            self._news.get(timeout=max(0.0, timeout_s))
 
     def counters(self) -> Counters:
         with self._lock:
-            self._absorb()
             return Counters(
-                self._sampled, self._delivered, self._refused, self._dropped, len(self._ring)
+                self._sampled, self._delivered, self._refused, self._dropped, len(self._ring),
+                self._loaded,
             )
+
+    def newest(self) -> Sample | None:
+        """Return the newest sample, which stays; it is not about to be posted."""
+        with self._lock:
+            return next(reversed(self._ring.values()), None)
 
     def take_newest(self) -> Sample | None:
         """Return the newest sample to be posted; it stays until settle()."""
         with self._lock:
-            self._absorb()
             return self._take(reversed(self._ring))
 
     def take_oldest(self, last: Container[int] = ()) -> Sample | None:
         """Return the oldest sample to be posted, those whose seq is in `last` after all others."""
         with self._lock:
-            self._absorb()
             return self._take(sorted(self._ring, key=lambda seq: (seq in last, seq)))
 
     def _take(self, order: Iterable[int]) -> Sample | None:
@@ -1607,37 +1773,55 @@ class Buffer:
     def settle(self, *, delivered: bool = False, refused: bool = False) -> None:
         """End what take_.. began: the sample leaves if delivered or refused, else it stays."""
         with self._lock:
-            if self._in_flight is not None and (delivered or refused):
-                del self._ring[self._in_flight]
-                self._delivered += delivered
-                self._refused += refused
-            self._in_flight = None
-
-    def newest(self) -> Sample | None:
-        """Return the newest sample, which stays; it is not about to be posted."""
-        with self._lock:
-            self._absorb()
-            return next(reversed(self._ring.values()), None)
-
-    def _absorb(self) -> None:
-        while True:
-            try:
-                self._add(self._inbox.get_nowait())
-            except queue.Empty:
+            seq, self._in_flight = self._in_flight, None
+            if seq is None or not (delivered or refused):
                 return
+            del self._ring[seq]
+            self._delivered += delivered
+            self._refused += refused
+        self._unmirror(seq)
 
-    def _add(self, sample: Sample | None) -> None:
-        if sample is None:
+    def mirror(self) -> None:
+        """Write what waits and is not on disk yet. A disk that fails costs the mirror only."""
+        if self._state is None:
             return
-        self._sampled += 1
-        is_late = sample.seq < next(reversed(self._ring), 0)  # wait() was overtaken by _absorb()
-        self._ring[sample.seq] = sample
-        if is_late:
-            self._ring = dict(sorted(self._ring.items()))
-        if len(self._ring) > self._size:
-            oldest = next(seq for seq in self._ring if seq != self._in_flight)
-            del self._ring[oldest]
-            self._dropped += 1
+        with self._lock:  # what is taken out of `bare` is ours to write
+            todo = [self._ring[seq] for seq in sorted(self._bare)]
+            self._bare.clear()
+        while todo:
+            try:
+                self._state.write(todo[0])
+            except OSError as error:
+                self._mirror_failed(error)
+                break
+            seq = todo.pop(0).seq
+            with self._lock:
+                is_gone = seq not in self._ring  # it left while we wrote
+            if is_gone:
+                self._unmirror(seq)
+            if not self._is_mirroring:
+                self._is_mirroring = True
+                log.info("what waits is kept on disk again")
+        with self._lock:
+            self._bare.update(sample.seq for sample in todo if sample.seq in self._ring)
+
+    def _unmirror(self, seq: int | None) -> None:
+        """Remove the file of a sample that left the ring, if it has one."""
+        if self._state is None or seq is None:
+            return
+        with self._lock:
+            was_bare = seq in self._bare
+            self._bare.discard(seq)
+        if not was_bare:
+            try:
+                self._state.remove(seq)
+            except OSError as error:
+                self._mirror_failed(error)
+
+    def _mirror_failed(self, error: OSError) -> None:
+        if self._is_mirroring:
+            self._is_mirroring = False
+            log.warning("what waits is kept in memory only: %s", _reason(error))
 
 
 # --- what the dashboard is told: dialects -------------------------------------------------
@@ -2210,6 +2394,7 @@ class Sender:
         self.clock_offset_s: int | None = None
         self.progress = clock()  # when the last attempt, or idle round, was completed
         self.crashes = 0
+        self._crashes_said: set[str] = set()
         self.last = "nothing sent yet"
 
     def run(self) -> None:
@@ -2220,12 +2405,19 @@ class Sender:
                 pause = self.flush(STOP_LIMIT_S - 0.5) if is_last else self.step()
                 self.progress = self._clock()
             except Exception:
-                self.crashes += 1
-                log.exception("the sender failed; it goes on with the next sample")
+                self._crashed()
                 pause = SENDER_WAKE_S
             if is_last:
                 return
             self._buffer.wait(min(pause, SENDER_WAKE_S))
+
+    def _crashed(self) -> None:
+        """Log the exception that is being handled, once for each kind, and count it."""
+        self.crashes += 1
+        kind = repr(sys.exc_info()[0])
+        if kind not in self._crashes_said:
+            self._crashes_said.add(kind)
+            log.exception("the sender failed; it goes on with the next sample")
 
     def step(self) -> float:
         """Do what is due; return the seconds until something will be, a new sample aside."""
@@ -2243,6 +2435,8 @@ class Sender:
             self._tried_seq = newest.seq
             is_delivered = self._ready(newest) and self._deliver_newest()
             self._drain_left = DRAIN_PER_SUCCESS if is_delivered else 0
+            if not is_delivered:
+                self._buffer.mirror()
         self._drain()
         return 0.0 if self._has_fresh() else self._next_try - self._clock()
 
@@ -2392,7 +2586,7 @@ class Sender:
         """Judge an answer, and note what else it tells: when to ask again, and the time there."""
         verdict = judge(answer, self._config.api_key)
         if verdict.fate is Fate.RETRY:
-            self._quiet_until = self._clock() + retry_after_s(answer, self._now())
+            self._quiet_until = self._clock() + self._spread(retry_after_s(answer, self._now()))
         self.progress = self._clock()
         self.last = f"last {answer.status or 'unanswered'} in {answer.took_s * 1000:.0f} ms"
         date = http_date(answer.date)
@@ -2400,6 +2594,10 @@ class Sender:
             self.clock_offset_s = round(self._now() - date - 0.5)  # Date is cut to the second
             self._say_clock(self.clock_offset_s)
         return verdict
+
+    def _spread(self, pause_s: float) -> float:
+        """Return a pause up to a heartbeat longer: other nodes may have been told the same."""
+        return pause_s + self._jitter() * min(pause_s, self._config.interval_s)
 
     def _takes_others(self) -> bool:
         return self._clock() - self._last_delivery <= REFUSAL_WINDOW_S
@@ -2505,10 +2703,16 @@ class Agent:
     def __init__(self, config: Config, environ: Mapping[str, str]) -> None:
         self._config = config
         self._stop = threading.Event()
-        self._buffer = Buffer(config.buffer_size)
+        folder = environ.get("STATE_DIRECTORY", "").split(":")[0]  # systemd.exec(5)
+        self._state = State(folder) if folder else None
+        self._buffer = Buffer(config.buffer_size, self._state)
         transport = Transport(config.dashboard_url, config.ca_bundle)
         self._sender = Sender(config, self._buffer, transport)
-        self._collector = Collector(config, agent_figures=self._figures)
+        self._role = self._state.role() if self._state else "unknown"  # as it is on disk
+        self._collector = Collector(
+            config, agent_figures=self._figures, role=self._role,
+            first_seq=self._buffer.last_seq + 1,
+        )
         self._notifier = Notifier(environ)
         self._is_ready = False
         self._next_ping = 0.0
@@ -2532,25 +2736,45 @@ class Agent:
         self._stop.set()
         collector.join(STOP_LIMIT_S - 1.5)  # the sample under way is to be delivered too
         self._buffer.close()
+        self._buffer.mirror()  # the end may come before all is delivered
         sender.join(max(0.0, deadline - time.monotonic()))
         log.info("stopped: %s", self._counters())
         return 0
 
     def _collect(self) -> None:
-        """Put a sample into the buffer at every tick."""
-        collector, interval = self._collector, self._config.interval_s
+        """Put a sample into the buffer at every tick; see a second later whether it left."""
+        interval = self._config.interval_s
         try:
-            collector.prime()
+            self._collector.prime()
         except Exception:
-            collector.crashed()
+            self._collector.crashed()
         due = time.monotonic() + PRIME_S
+        # To the second sample half to one and a half intervals pass: nodes that were started
+        # together, after a power cut say, do not post together ever after.
+        pause = interval * (0.5 + phase(self._config.node_id))
         while not self._stop.wait(max(0.0, due - time.monotonic())):
+            self._guarded(self._take_sample)
+            due = next_tick(due + pause - interval, time.monotonic(), interval)
+            pause = interval
+            if self._stop.wait(min(MIRROR_AFTER_S, max(0.0, due - time.monotonic()) / 2)):
+                return
+            self._guarded(self._buffer.mirror)
+
+    def _guarded(self, work: Callable[[], None]) -> None:
+        try:
+            work()
+        except Exception:
+            self._collector.crashed()
+
+    def _take_sample(self) -> None:
+        self._buffer.put(self._collector.collect())
+        self._collector.progress = time.monotonic()
+        if self._state and self._config.node_role == "auto" and self._role != self._collector.role:
+            self._role = self._collector.role
             try:
-                self._buffer.put(collector.collect())
-                collector.progress = time.monotonic()
-            except Exception:
-                collector.crashed()
-            due = next_tick(due, time.monotonic(), interval)
+                self._state.remember_role(self._role)
+            except OSError as error:
+                log.warning("the role cannot be remembered: %s", _reason(error))
 
     def _supervise(self) -> None:
         """Wait for signals; between them see that both threads live, and tell systemd."""
@@ -2622,8 +2846,8 @@ class Agent:
     def _counters(self) -> str:
         c = self._buffer.counters()
         return (
-            f"{c.sampled} sampled, {c.delivered} delivered, {c.refused} refused, "
-            f"{c.dropped} dropped, {c.waiting} waiting, "
+            f"{c.sampled} sampled, {c.loaded} loaded, {c.delivered} delivered, "
+            f"{c.refused} refused, {c.dropped} dropped, {c.waiting} waiting, "
             f"{self._collector.collect_errors} collect errors, {self._sender.crashes} crashes"
         )
 

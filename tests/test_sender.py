@@ -92,7 +92,7 @@ class Site:
     @property
     def counters(self) -> agent.Counters:
         found = self.buffer.counters()
-        assert found.sampled == (
+        assert found.sampled + found.loaded == (
             found.delivered + found.refused + found.dropped + found.waiting
         )
         return found
@@ -425,7 +425,7 @@ def test_a_dashboard_that_answers_only_every_third_request(site: Site) -> None:
     assert site.counters.waiting < 3
 
 
-# --- Retry-After
+# --- Retry-After: kept to, and up to a heartbeat longer, by the node's own luck (here half of it)
 
 
 def test_retry_after_is_honoured_across_samples(
@@ -433,11 +433,11 @@ def test_retry_after_is_honoured_across_samples(
 ) -> None:
     site.beat()
     start = site.clock.elapsed
-    answers = iter([Answer(429, retry_after="40")])
+    answers = iter([Answer(429, retry_after="30")])
     site.answer = lambda request: next(answers, OK)
     site.beat(4)
-    assert [(round(at - start), stamp) for at, stamp in site.posts[1:]] == [
-        (0, "t2"), (40, "t4"), (40, "t2"), (40, "t3"), (45, "t5"),
+    assert [(at - start, stamp) for at, stamp in site.posts[1:]] == [
+        (0, "t2"), (37.5, "t4"), (37.5, "t2"), (37.5, "t3"), (45, "t5"),
     ]
     assert "answered 429" in said(caplog, logging.WARNING)[0]  # so long a pause is worth a line
 
@@ -448,8 +448,17 @@ def test_retry_after_is_honoured_once_down(site: Site) -> None:
     site.beat()
     start = site.clock.elapsed
     site.answer = lambda request: Answer(503, retry_after="20")
-    site.beat(3)
-    assert [round(at - start) for at, _ in site.posts if at >= start] == [0, 20, 40]
+    site.beat(6)
+    assert [at - start for at, _ in site.posts if at >= start] == [0, 27.5, 55, 82.5]
+
+
+def test_a_short_retry_after_is_spread_in_proportion(site: Site) -> None:
+    site.beat()
+    start = site.clock.elapsed
+    answers = iter([Answer(429, retry_after="4")])
+    site.answer = lambda request: next(answers, OK)
+    site.beat()
+    assert [at - start for at, _ in site.posts[1:]] == [0, 6]
 
 
 def test_retry_after_of_a_registration(site: Site) -> None:
@@ -643,17 +652,6 @@ def test_the_ring_never_drops_what_is_being_posted() -> None:
     assert buffer.counters() == agent.Counters(15, 1, 0, 5, 9)
     following = buffer.take_oldest()
     assert following and following.seq == 7
-
-
-def test_the_order_is_that_of_the_samples_whoever_moves_them() -> None:
-    """wait() and counters() of two threads may bring them in the other way round."""
-    buffer = Buffer(10)
-    buffer.put(sample(2))
-    buffer.counters()
-    buffer.put(sample(1))
-    buffer.wait(1)
-    first, newest = buffer.take_oldest(), buffer.newest()
-    assert first and newest and (first.seq, newest.seq) == (1, 2)
 
 
 def test_a_full_buffer_is_small() -> None:

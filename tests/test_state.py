@@ -1,0 +1,444 @@
+"""What outlives the process: the samples on disk, and the role. The disk is a real one."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import threading
+import zlib
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import ROOT
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
+from test_sender import BEAT_S, NO_ANSWER, OK, Site, said
+
+import tinomail_agent as agent
+from tinomail_agent import Buffer, State
+
+
+def stamp(number: int) -> str:
+    return agent.iso_utc(1_750_000_000 + number)
+
+
+def sample(seq: int, number: int | None = None) -> agent.Sample:
+    """Return a sample as the collector makes it, taken at stamp(number)."""
+    body = {"timestamp": stamp(seq if number is None else number), "role": "haraka", "system": {}}
+    return agent.Sample(seq, "haraka", agent.pack(body))
+
+
+def stamp_of(one: agent.Sample) -> str:
+    return str(agent.unpack(one.packed)["timestamp"])
+
+
+class Node(Site):
+    """A Site with a disk. What waits there from an earlier life is loaded."""
+
+    def __init__(self, folder: Path, **settings: Any) -> None:
+        super().__init__(**settings)
+        self.state = State(str(folder))
+        self.buffer = Buffer(self.config.buffer_size, self.state)
+        self.sender = agent.Sender(
+            self.config, self.buffer, self, clock=self.clock.monotonic,  # type: ignore[arg-type]
+            now=self.clock.time, jitter=lambda: 0.5,
+        )
+        self.seq = self.buffer.last_seq
+
+    def beat(self, count: int = 1, number: int | None = None) -> None:
+        for _ in range(count):
+            self.seq += 1
+            self.buffer.put(sample(self.seq, number))
+            self.run(self.clock.elapsed + BEAT_S)
+
+
+@pytest.fixture
+def folder(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> Path:
+    caplog.set_level(logging.INFO)
+    return tmp_path / "state"
+
+
+def on_disk(folder: Path) -> list[int]:
+    return sorted(int(path.stem) for path in (folder / "buffer").glob("*.sample"))
+
+
+def seqs(buffer: Buffer) -> list[int]:
+    return list(buffer._ring)
+
+
+def disk_is_full(state: State, is_full: bool = True) -> None:
+    def write(sample: agent.Sample) -> None:
+        raise OSError(28, "No space left on device")
+
+    if is_full:
+        state.write = write  # type: ignore[method-assign]
+    else:
+        vars(state).pop("write", None)
+
+
+# --- when a sample is written
+
+
+def test_a_healthy_node_writes_nothing(folder: Path) -> None:
+    site = Node(folder)
+    before = os.stat(folder / "buffer").st_mtime_ns
+    site.beat(50)
+    assert os.stat(folder / "buffer").st_mtime_ns == before
+
+
+def test_a_sample_is_on_disk_when_its_first_attempt_has_failed(folder: Path) -> None:
+    site = Node(folder)
+    site.beat()
+    site.answer = lambda request: NO_ANSWER
+    site.seq += 1
+    site.buffer.put(sample(site.seq))
+    assert on_disk(folder) == []
+    site.sender.step()
+    assert on_disk(folder) == [2]
+
+
+def test_in_an_outage_a_sample_is_on_disk_before_its_first_attempt(folder: Path) -> None:
+    site = Node(folder)
+    site.answer = lambda request: NO_ANSWER
+    site.beat()
+    seen: list[list[int]] = []
+
+    def answer(request: agent.Request) -> agent.Answer:
+        seen.append(on_disk(folder))
+        return NO_ANSWER
+
+    site.answer = answer
+    site.beat(2)
+    assert (seen[0], seen[-1]) == ([1, 2], [1, 2, 3])
+
+
+def test_what_was_not_delivered_within_a_second_is_written(folder: Path) -> None:
+    """mirror() is what the collector calls a second after each sample."""
+    buffer = Buffer(10, State(str(folder)))
+    buffer.put(sample(1))
+    buffer.take_newest()  # an attempt that hangs
+    buffer.mirror()
+    assert on_disk(folder) == [1]
+    buffer.settle(delivered=True)
+    assert on_disk(folder) == []
+
+
+def test_what_left_the_ring_leaves_the_disk(folder: Path) -> None:
+    site = Node(folder, buffer_size=10)
+    site.answer = lambda request: NO_ANSWER
+    site.beat(14)
+    assert on_disk(folder) == list(range(5, 15))  # 1 to 4 were dropped
+    site.answer = lambda request: OK
+    site.beat(2)
+    assert on_disk(folder) == []
+
+
+def test_a_sample_that_is_delivered_while_it_is_written_leaves_nothing(folder: Path) -> None:
+    state = State(str(folder))
+    buffer = Buffer(10, state)
+    write, written, settled = state.write, threading.Event(), threading.Event()
+
+    def slow_write(one: agent.Sample) -> None:
+        write(one)
+        written.set()
+        assert settled.wait(10)
+
+    state.write = slow_write  # type: ignore[assignment, method-assign]
+    buffer.put(sample(1))
+    buffer.take_newest()
+    writer = threading.Thread(target=buffer.mirror)
+    writer.start()
+    assert written.wait(10)
+    buffer.settle(delivered=True)
+    settled.set()
+    writer.join(10)
+    assert on_disk(folder) == []
+
+
+# --- what the next life finds
+
+
+def test_a_restart_goes_on_where_it_was(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    first = Node(folder)
+    first.answer = lambda request: NO_ANSWER
+    first.beat(5)
+    caplog.clear()
+    second = Node(folder)
+    assert said(caplog) == ["5 samples of before are waiting"]
+    assert second.counters == agent.Counters(0, 0, 0, 0, 5, loaded=5)
+    second.beat()
+    assert second.delivered == [stamp(n) for n in (6, 1, 2, 3, 4, 5)]
+    assert second.counters == agent.Counters(1, 6, 0, 0, 0, loaded=5)
+    assert on_disk(folder) == []
+
+
+def test_a_smaller_buffer_keeps_the_newest(folder: Path) -> None:
+    first = Buffer(20, State(str(folder)))
+    for seq in range(1, 21):
+        first.put(sample(seq))
+    first.mirror()
+    second = Buffer(10, State(str(folder)))
+    assert second.counters() == agent.Counters(0, 0, 0, 10, 10, loaded=20)
+    assert seqs(second) == on_disk(folder) == list(range(11, 21))
+
+
+GOOD = sample(1).packed
+NOT_SAMPLES = {
+    "torn": GOOD[:-3],
+    "empty": b"",
+    "zeros, as a power cut may leave them": bytes(len(GOOD)),
+    "something behind it": GOOD + b"x",
+    "one bit wrong": GOOD[:20] + bytes([GOOD[20] ^ 4]) + GOOD[21:],
+    "not JSON": zlib.compress(b"{"),
+    "not an object": zlib.compress(b"[]"),
+    "NaN": zlib.compress(
+        b'{"timestamp":"2026-01-01T00:00:00.000Z","role":"haraka","system":{"x":NaN}}'
+    ),
+    "no role": zlib.compress(b'{"timestamp":"2026-01-01T00:00:00.000Z","system":{}}'),
+    "no time": zlib.compress(b'{"timestamp":"now","role":"haraka","system":{}}'),
+    "nested": zlib.compress(b"[" * 100_000),
+    "very large": zlib.compress(bytes(1 << 26)),
+}
+
+
+@pytest.mark.parametrize("content", NOT_SAMPLES.values(), ids=NOT_SAMPLES)
+def test_what_is_no_sample_is_put_aside(
+    content: bytes, folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    state = State(str(folder))
+    state.write(sample(1))
+    state.write(sample(3))
+    (folder / "buffer/000000000002.sample").write_bytes(content)
+    buffer = Buffer(10, State(str(folder)))
+    assert seqs(buffer) == on_disk(folder) == [1, 3]
+    assert "1 torn or foreign files in STATE_DIRECTORY were put aside" in said(caplog)
+    [aside] = (folder / "aside").iterdir()
+    assert aside.read_bytes() == content
+
+
+def test_foreign_files_are_put_aside(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    place = folder / "buffer"
+    place.mkdir(parents=True)
+    (place / "notes.txt").write_text("hello")
+    (place / "1.sample").write_bytes(GOOD)  # not a name that we give
+    (place / "000000000004.sample").mkdir()
+    (place / "000000000005.sample").symlink_to("/dev/zero")
+    os.mkfifo(place / "000000000006.sample")
+    (place / "000000000007.sample.new").write_bytes(GOOD[:9])  # we were killed while writing it
+    buffer = Buffer(10, State(str(folder)))
+    assert (seqs(buffer), list(place.iterdir())) == ([], [])
+    assert "5 torn or foreign files in STATE_DIRECTORY were put aside" in said(caplog)
+
+
+def test_what_is_put_aside_does_not_grow_for_ever(folder: Path) -> None:
+    for _ in range(30):
+        (folder / "buffer").mkdir(parents=True, exist_ok=True)
+        (folder / "buffer/x").write_text("x")
+        State(str(folder)).load()
+    assert len(list((folder / "aside").iterdir())) == agent.ASIDE_LIMIT
+
+
+# --- a disk that fails
+
+
+def test_a_full_disk_costs_the_mirror_only(
+    folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    site = Node(folder)
+    site.answer = lambda request: NO_ANSWER
+    site.beat(2)
+    disk_is_full(site.state)
+    site.beat(5)
+    assert on_disk(folder) == [1, 2]
+    disk_is_full(site.state, False)
+    site.beat(1)
+    assert on_disk(folder) == list(range(1, 9))
+    site.answer = lambda request: OK
+    site.beat()
+    assert site.counters == agent.Counters(9, 9, 0, 0, 0)
+    assert [line for line in said(caplog) if "kept" in line and "up to" not in line] == [
+        "what waits is kept in memory only: No space left on device",
+        "what waits is kept on disk again",
+    ]
+
+
+def test_a_file_that_cannot_be_written_as_a_whole_is_not_there(folder: Path) -> None:
+    """A real limit: the kernel takes the first ten bytes of a file and no more."""
+    code = (
+        "import resource, sys; sys.path.insert(0, 'tests')\n"
+        "from test_state import sample; import tinomail_agent as a\n"
+        "state = a.State(sys.argv[1]); state.load()\n"
+        f"resource.setrlimit(resource.RLIMIT_FSIZE, (10, {resource.RLIM_INFINITY}))\n"
+        "try:\n    state.write(sample(1))\nexcept OSError as error:\n    print(error.errno)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(folder)], cwd=ROOT, text=True,
+                          capture_output=True, timeout=60)
+    assert done.stdout.strip() in ("28", "27"), done.stderr  # ENOSPC, EFBIG
+    assert list((folder / "buffer").iterdir()) == []
+
+
+def test_a_state_directory_that_is_none(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "file").write_text("")
+    site = Node(tmp_path / "file")
+    site.answer = lambda request: NO_ANSWER
+    site.beat(3)
+    site.answer = lambda request: OK
+    site.beat()
+    assert site.counters == agent.Counters(4, 4, 0, 0, 0)
+    assert len([line for line in said(caplog) if "in memory only: Not a directory" in line]) == 1
+
+
+def test_a_state_directory_that_vanishes_is_made_again(folder: Path) -> None:
+    site = Node(folder)
+    (folder / "buffer").rmdir()
+    site.answer = lambda request: NO_ANSWER
+    site.beat()
+    assert on_disk(folder) == [1]
+
+
+# --- the role
+
+
+def test_the_role_is_remembered(folder: Path) -> None:
+    state = State(str(folder))
+    assert state.role() == "unknown"
+    state.remember_role("haraka")
+    assert State(str(folder)).role() == "haraka"
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff\xfe", b"postfix", b"x" * 9999])
+def test_a_role_that_is_none_is_unknown(content: bytes, folder: Path) -> None:
+    folder.mkdir()
+    (folder / "role").write_bytes(content)
+    assert State(str(folder)).role() == "unknown"
+
+
+# --- the model: sender, buffer and disk against a plain list
+
+
+class Model(RuleBasedStateMachine):
+    """A node through whatever may happen to it, step by step, over many lives.
+
+    `taken` is the plain list of all its samples. A crash forgets what is in memory; what was
+    on disk is there again in the next life.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._folder = tempfile.TemporaryDirectory()
+        self.folder = Path(self._folder.name)
+        self.taken: list[str] = []
+        self.lost: set[str] = set()  # with the memory: the disk was full, or a file was torn
+        self.delivered: list[str] = []  # in earlier lives
+        self.gone = 0  # refused or dropped in earlier lives
+        self.is_full = self.may_be_bare = False
+        self.node = Node(self.folder, buffer_size=10)
+
+    def teardown(self) -> None:
+        self._folder.cleanup()
+
+    def waiting(self) -> list[str]:
+        return [stamp_of(one) for one in self.node.buffer._ring.values()]
+
+    # - the steps
+
+    @rule(count=st.integers(1, 3))
+    def take_samples(self, count: int) -> None:
+        self.may_be_bare = self.is_full
+        for _ in range(count):
+            self.taken.append(stamp(len(self.taken)))
+            self.node.beat(number=len(self.taken) - 1)
+
+    @rule()
+    def take_more_than_fit(self) -> None:
+        self.take_samples(12)
+
+    @rule(answer=st.sampled_from([
+        OK, NO_ANSWER, agent.Answer(500), agent.Answer(401), agent.Answer(422), agent.Answer(404),
+        agent.Answer(429, retry_after="20"), agent.Answer(200, body=b"<html>"),
+    ]))
+    def the_dashboard_answers(self, answer: agent.Answer) -> None:
+        self.node.answer = lambda request: answer
+
+    @rule(every=st.integers(2, 4))
+    def the_dashboard_answers_at_times(self, every: int) -> None:
+        turn = itertools.cycle([OK] + [agent.Answer(503)] * (every - 1))
+        self.node.answer = lambda request: next(turn)
+
+    @rule()
+    def stop_and_start(self) -> None:
+        self.node.sender.flush(4.5)
+        self.node.buffer.mirror()
+        self.next_life()
+
+    @rule()
+    def crash(self) -> None:
+        self.next_life()
+
+    @rule()
+    def fill_or_empty_the_disk(self) -> None:
+        self.is_full = not self.is_full
+        self.may_be_bare = True  # until the next sample
+        disk_is_full(self.node.state, self.is_full)
+
+    @rule(data=st.data())
+    def tear_a_file_and_crash(self, data: st.DataObject) -> None:
+        files = sorted((self.folder / "buffer").glob("*.sample"))
+        if files:
+            torn = data.draw(st.sampled_from(files))
+            whole = torn.read_bytes()
+            self.lost.add(stamp_of(agent.read_sample(0, whole)))
+            torn.write_bytes(whole[: len(whole) // 2])
+        self.next_life()
+
+    def next_life(self) -> None:
+        before, answer = self.node, self.node.answer
+        in_memory = set(self.waiting())
+        self.delivered += before.delivered
+        self.gone += before.counters.refused + before.counters.dropped
+        self.node = Node(self.folder, buffer_size=10)
+        self.node.answer = answer
+        kept = set(self.waiting())
+        assert kept <= in_memory
+        if before.buffer._bare:  # what the disk did not take goes with the memory
+            self.lost |= in_memory - kept
+        assert in_memory - kept <= self.lost
+        assert self.node.counters.loaded == len(kept)
+        disk_is_full(self.node.state, self.is_full)
+
+    # - what holds after each of them
+
+    @invariant()
+    def nothing_is_missing(self) -> None:
+        delivered = self.delivered + self.node.delivered
+        assert len(delivered) == len(set(delivered)), "delivered twice"
+        accounted = {*delivered, *self.waiting(), *self.lost}
+        counters = self.node.counters  # this checks the equation of this life
+        missing = len(set(self.taken) - accounted)
+        assert missing == self.gone + counters.refused + counters.dropped
+        assert not set(self.waiting()) & set(delivered)
+
+    @invariant()
+    def the_order_is_kept(self) -> None:
+        waiting = self.waiting()
+        assert waiting == sorted(waiting) == [one for one in self.taken if one in waiting]
+
+    @invariant()
+    def the_disk_holds_what_waits(self) -> None:
+        bare = {stamp_of(self.node.buffer._ring[seq]) for seq in self.node.buffer._bare}
+        there = {stamp_of(self.node.buffer._ring[seq]) for seq in on_disk(self.folder)}
+        assert there | bare == set(self.waiting())
+        assert self.may_be_bare or not bare
+
+
+TestModel = Model.TestCase
+TestModel.settings = settings(max_examples=150, stateful_step_count=30, deadline=None)

@@ -2698,7 +2698,7 @@ class Notifier:
 class Agent:
     """The three threads: this one supervises, `collector` samples, `sender` delivers."""
 
-    SIGNALS = frozenset((signal.SIGTERM, signal.SIGINT, signal.SIGUSR1))
+    SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
     def __init__(self, config: Config, environ: Mapping[str, str]) -> None:
         self._config = config
@@ -2720,8 +2720,13 @@ class Agent:
 
     def run(self) -> int:
         """Run until SIGTERM or SIGINT; return the exit code."""
-        # Blocked in every thread, and taken one by one in supervise(): no handler runs.
-        signal.pthread_sigmask(signal.SIG_BLOCK, self.SIGNALS)
+        # Their numbers arrive here, one by one; the handlers themselves do nothing. (sigtimedwait()
+        # would do, but makes up a signal when a SIGCONT ends it after its time.)
+        self._signals, wakeup = socket.socketpair()
+        wakeup.setblocking(False)
+        signal.set_wakeup_fd(wakeup.fileno(), warn_on_full_buffer=False)
+        for number in self.SIGNALS:
+            signal.signal(number, lambda *_: None)
         collector = threading.Thread(target=self._collect, name="collector", daemon=True)
         sender = threading.Thread(target=self._sender.run, name="sender", daemon=True)
         collector.start()
@@ -2780,10 +2785,9 @@ class Agent:
         """Wait for signals; between them see that both threads live, and tell systemd."""
         while True:
             pause = SUPERVISE_S if self._is_ready else 0.05
-            caught = signal.sigtimedwait(self.SIGNALS, pause)
-            if caught is None:
+            if not select.select([self._signals], [], [], pause)[0]:
                 self._look_after()
-            elif caught.si_signo == signal.SIGUSR1:
+            elif self._signals.recv(1)[0] == signal.SIGUSR1:
                 log.info("%s", self._counters())
             else:
                 return

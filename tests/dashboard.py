@@ -219,6 +219,7 @@ ANSWERS: dict[str, Callable[[], tuple[int, Headers, bytes]]] = {
     "422": lambda: (422, {}, b'{"error":"no"}'),
     "429": lambda: (429, {"Retry-After": "3"}, b""),
     "429-date": lambda: (429, {"Retry-After": _later(3)}, b""),
+    "429-long": lambda: (429, {"Retry-After": "30"}, b""),
     "500": lambda: (500, {}, b'{"error":"internal"}'),
     "503": lambda: (503, {}, b""),
     "html": lambda: (200, {"Content-Type": "text/html"}, HTML),

@@ -79,6 +79,34 @@ elif mode == "burst":  # past MemoryMax before the agent can look
     threading.Thread(target=grow, args=(200 << 20, 1), daemon=True).start()
 """
 
+# A sitecustomize that notes each sample once the buffer has it, and takes more memory than the
+# unit allows when /opt/note/burst has been touched.
+NOTES = """
+import os, sys, threading, time
+started = time.time()
+
+def watch():
+    while not hasattr(sys.modules.get("tinomail_agent"), "Agent"):
+        time.sleep(0.01)
+    agent = sys.modules["tinomail_agent"]
+    folder = os.environ.get("STATE_DIRECTORY")
+    if not folder:
+        return
+    notes = os.open(folder + "/taken", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+    put = agent.Buffer.put
+
+    def put_and_note(self, sample):
+        put(self, sample)
+        os.write(notes, (agent.unpack(sample.packed)["timestamp"] + chr(10)).encode())
+
+    agent.Buffer.put = put_and_note
+    while not (os.path.exists("/opt/note/burst") and os.stat("/opt/note/burst").st_mtime > started):
+        time.sleep(0.1)
+    b"x" * (200 << 20)
+
+threading.Thread(target=watch, daemon=True).start()
+"""
+
 SLOW_DNS = """
 import socket, threading, time
 server = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
@@ -319,8 +347,41 @@ def slow(boxes: Callable[..., Box], bundle: Path) -> Iterator[dict[str, Future[B
         box.expect_samples(40)
         return box
 
-    with ThreadPoolExecutor(2) as pool:
-        yield {"dns": pool.submit(name_server), "outage": pool.submit(outage)}
+    def hard_times() -> Box:
+        box = boot("hard")
+        box.write("/opt/note/sitecustomize.py", NOTES)
+        box.write(DROP_IN, f"[Service]\n{FAST}WatchdogSec=5\nMemoryHigh=infinity\n"
+                           "Environment=PYTHONPATH=/opt/note BUFFER_SIZE=1000\n")
+        box.sh(f"systemctl daemon-reload; systemctl restart {UNIT}")
+        box.expect_samples()
+        box.sh("systemctl stop dashboard")
+        time.sleep(4)
+        box.sh(f"systemctl stop {UNIT}; systemctl start {UNIT}")
+        for blow in (
+            "kill -KILL $(systemctl show -p MainPID --value tinomail-agent)",
+            "kill -STOP $(systemctl show -p MainPID --value tinomail-agent)",  # for the watchdog
+            "touch /opt/note/burst",  # for the kernel
+        ):
+            time.sleep(4)
+            before = box.restarts()
+            box.sh(blow)
+            box.expect_restart(before)
+        time.sleep(4)
+        box.sh("echo '# newer' >>/root/bundle/tinomail_agent.py")
+        assert "WARNING: the dashboard did not take this node" in box.install()
+        time.sleep(4)
+        box.reboot()
+        eventually(box.is_active, 30, "active after the reboot")
+        time.sleep(4)
+        box.start_dashboard()
+        box.expect_samples(40)
+        return box
+
+    with ThreadPoolExecutor(3) as pool:
+        yield {
+            "dns": pool.submit(name_server), "outage": pool.submit(outage),
+            "hard": pool.submit(hard_times),
+        }
 
 
 @pytest.fixture(scope="session")
@@ -897,6 +958,25 @@ def test_a_dashboard_that_is_down_is_no_hang(slow: dict[str, Future[Box]]) -> No
     assert box.query("SELECT max(json_extract(agent, '$.dropped_total')) FROM metrics_system") == [
         [0]
     ]
+
+
+def test_an_outage_in_hard_times_loses_no_sample(slow: dict[str, Future[Box]]) -> None:
+    """In its midst a stop and start, a kill -9, a watchdog kill, one for memory, an upgrade and
+    a reboot."""
+    box = slow["hard"].result(300)
+
+    def stored() -> list[str]:
+        return [row[0] for row in box.query("SELECT timestamp FROM metrics_system")]
+
+    taken = set(box.sh("cat /var/lib/private/tinomail-agent/taken").split())
+    assert len(taken) >= 20
+    eventually(lambda: taken <= set(stored()), 60, "all that was taken", 1)
+    log = box.journal()
+    for killer in ("Watchdog timeout", "status=9/KILL", "samples of before are waiting"):
+        assert killer in log
+    assert box.sh("ls /var/lib/private/tinomail-agent/buffer") == ""
+    assert "Traceback" not in log
+    box.down()
 
 
 def test_active_again_after_a_reboot(node: Box) -> None:

@@ -1134,8 +1134,8 @@ class ProcessTable:
 
     def _cgroup_kib(self, cgroup: str, pids: set[int]) -> tuple[int, int] | None:
         """Return (anonymous, mapped) KiB of a cgroup, None if it is not these pids' alone."""
-        folder, keys = memory_cgroup(cgroup, self._cgroup_root)
         try:
+            folder, keys = memory_cgroup(cgroup, self._cgroup_root)
             inside = set(map(int, read_bytes(f"{folder}/cgroup.procs").split()))
             with os.scandir(folder) as entries:
                 nested = any(entry.is_dir() for entry in entries)

@@ -29,6 +29,8 @@ import trustme
 from conftest import KEY, ROOT, AgentProcess, eventually
 from dashboard import Dashboard
 
+pytestmark = pytest.mark.long
+
 BEAT_MS = 100
 KILLS = 200
 

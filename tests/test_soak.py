@@ -75,6 +75,7 @@ def test_it_does_not_grow(tmp_path: Path) -> None:
                 process.process.kill()
                 process.process.wait(10)
         server.shutdown()
+    print([one["rss_kib"] for one in seen], [one["fds"] for one in seen])
     growth_kib = max(one["rss_kib"] for one in seen) - seen[0]["rss_kib"]
     assert growth_kib < 1024, seen
     assert {one["threads"] for one in seen} == {3}

@@ -1,0 +1,105 @@
+"""A thread that crashes goes on; one that keeps crashing is left to systemd's watchdog."""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+from pathlib import Path
+
+import pytest
+from conftest import KEY, ROOT, AgentProcess, eventually
+from dashboard import Dashboard
+
+# A real agent, quick, in which a method raises the first `sys.argv[3]` times that it is called.
+CRASHING = """
+import dataclasses, os, sys
+import tinomail_agent as a
+a.PRIME_S, a.SENDER_WAKE_S = 0.1, 0.2
+owner, name = getattr(a, sys.argv[1]), sys.argv[2]
+left, real = int(sys.argv[3]), getattr(owner, name)
+
+def crashing(*args, **named):
+    global left
+    left -= 1
+    if left >= 0:
+        raise KeyError("a bug with the key in it: " + os.environ["API_KEY"])
+    return real(*args, **named)
+
+setattr(owner, name, crashing)
+config = a.load_config(os.environ, os.devnull)
+a.set_up_logging(config.log_level, config.api_key, os.environ)
+config = dataclasses.replace(config, heartbeat_interval=200)
+sys.exit(a.Agent(config, os.environ).run())
+"""
+# In each thread, what its loop calls, and what it says.
+THREADS = {
+    "collector": ("Collector", "collect", "a sample could not be taken"),
+    "sender": ("Sender", "step", "the sender failed"),
+}
+every_thread = pytest.mark.parametrize("thread", THREADS)
+
+
+class Start:
+    def __init__(self, folder: Path, url: str) -> None:
+        self._folder = folder
+        self._environ = {
+            "PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT), "DASHBOARD_URL": url,
+            "API_KEY": KEY, "NODE_ROLE": "haraka", "CHECK_PORTS": "1",
+        }
+
+    def __call__(self, thread: str, times: int, **environ: str) -> AgentProcess:
+        owner, name, _ = THREADS[thread]
+        return AgentProcess(
+            self._folder / "log", {**self._environ, **environ},
+            ["-c", CRASHING, owner, name, str(times)],
+        )
+
+
+@every_thread
+def test_a_crash_is_logged_counted_and_survived(
+    thread: str, tmp_path: Path, dashboard: Dashboard
+) -> None:
+    process = Start(tmp_path, dashboard.url)(thread, 3)
+    try:
+        eventually(lambda: len(dashboard.stored()) >= 3)
+        assert process.stop() == 0
+    finally:
+        process.process.kill()
+    assert len(process.lines(THREADS[thread][2])) == 1
+    assert len(process.lines("^Traceback")) == 1
+    assert KEY not in process.output
+    counters = process.counters()
+    assert counters["crashes" if thread == "sender" else "collect"] == 3
+    assert counters["delivered"] == counters["sampled"]
+
+
+@every_thread
+def test_one_that_keeps_crashing_is_left_to_the_watchdog(
+    thread: str, tmp_path: Path, dashboard: Dashboard
+) -> None:
+    path = str(tmp_path / "notify")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notify:
+        notify.bind(path)
+        notify.settimeout(0.2)
+        process = Start(tmp_path, dashboard.url)(
+            thread, 10**6, NOTIFY_SOCKET=path, WATCHDOG_USEC="1000000"
+        )
+        try:
+            eventually(lambda: process.lines(THREADS[thread][2]))
+            if thread == "collector":
+                # never ready: systemd's TimeoutStartSec ends it
+                time.sleep(2)
+                with pytest.raises(TimeoutError):
+                    notify.recv(4096)
+                return
+            eventually(lambda: process.lines(f"the {thread} hangs: leaving it to systemd"))
+            with pytest.raises(TimeoutError):
+                while True:  # what was sent before
+                    notify.recv(4096)
+            time.sleep(2)
+            with pytest.raises(TimeoutError):
+                notify.recv(4096)
+        finally:
+            process.process.kill()
+            process.process.wait(10)

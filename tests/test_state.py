@@ -143,19 +143,19 @@ def test_what_left_the_ring_leaves_the_disk(folder: Path) -> None:
 def test_a_sample_that_is_delivered_while_it_is_written_leaves_nothing(folder: Path) -> None:
     state = State(str(folder))
     buffer = Buffer(10, state)
-    write, written, settled = state.write, threading.Event(), threading.Event()
+    write, begun, settled = state.write, threading.Event(), threading.Event()
 
     def slow_write(one: agent.Sample) -> None:
-        write(one)
-        written.set()
+        begun.set()
         assert settled.wait(10)
+        write(one)
 
     state.write = slow_write  # type: ignore[assignment, method-assign]
     buffer.put(sample(1))
     buffer.take_newest()
     writer = threading.Thread(target=buffer.mirror)
     writer.start()
-    assert written.wait(10)
+    assert begun.wait(10)
     buffer.settle(delivered=True)
     settled.set()
     writer.join(10)

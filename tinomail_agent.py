@@ -19,7 +19,6 @@ Exit codes: 0 stopped or done, 1 failed, 2 wrong usage, 78 wrong settings (EX_CO
 
 from __future__ import annotations
 
-import abc
 import argparse
 import contextlib
 import dataclasses
@@ -1727,6 +1726,10 @@ def _dict(value: Any) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
+def _timestamp(neutral: Mapping[str, Any]) -> dict[str, Any]:
+    return {k: v for k, v in neutral.items() if k == "timestamp" and isinstance(v, str)}
+
+
 PERCENT, AMOUNT, COUNT = _real(100), _real(), _integer()
 INT4 = _integer(2**31 - 1)  # a column of PostgreSQL's that holds no more
 LOADS = _list_of(AMOUNT, 3, 3)
@@ -1743,37 +1746,29 @@ def is_process(value: Any) -> bool:
     return FOUND(value) or NOT_FOUND(value)
 
 
-class Dialect(abc.ABC):
+@dataclass(frozen=True, slots=True)
+class Dialect:
     """How one kind of dashboard is spoken to; a sample is neutral until it is posted."""
 
-    SIGNS: tuple[Sign, ...] = ()
+    headers: Callable[[str], dict[str, str]]  # with the key
+    node: Callable[[Node], dict[str, Any]]  # the body of a registration
+    body: Callable[[bytes, str], dict[str, Any]]  # that of a packed sample, under a node id
+    signs: tuple[Sign, ...]
+    is_gzip: bool  # samples are
+    confirms_id: bool  # samples go under the id in the answer to a registration
 
-    @classmethod
-    def register(cls, node: Node, key: str) -> Request:
-        return Request("/api/v1/nodes", cls.headers(key), _json(cls.node(node)))
+    def register(self, node: Node, key: str) -> Request:
+        return Request("/api/v1/nodes", self.headers(key), _json(self.node(node)))
 
-    @classmethod
-    def sample(cls, packed: bytes, node_id: str, key: str) -> Request:
+    def sample(self, packed: bytes, node_id: str, key: str) -> Request:
         """Render a neutral sample; the same bytes each time for the same node id."""
-        body = _json(cls.body(packed, node_id))
-        return Request("/api/v1/metrics/system", cls.headers(key), body)
+        headers, body = self.headers(key), _json(self.body(packed, node_id))
+        if self.is_gzip:
+            headers, body = {**headers, "Content-Encoding": "gzip"}, gzip.compress(body, mtime=0)
+        return Request("/api/v1/metrics/system", headers, body)
 
-    @staticmethod
-    @abc.abstractmethod
-    def headers(key: str) -> dict[str, str]: ...
-
-    @staticmethod
-    @abc.abstractmethod
-    def node(node: Node) -> dict[str, Any]: ...
-
-    @staticmethod
-    @abc.abstractmethod
-    def body(packed: bytes, node_id: str) -> dict[str, Any]: ...
-
-    @staticmethod
-    def confirmed_id(body: bytes) -> str | None:
-        """Return the id for samples that an answer to a registration gives; None: NODE_ID."""
-        return None
+    def confirmed_id(self, answer: bytes) -> str | None:
+        return confirmed_id(answer) if self.confirms_id else None
 
 
 V1_SYSTEM: dict[str, Fits] = {
@@ -1808,54 +1803,42 @@ V1_PARTS: dict[str, Callable[[str], Fits | None]] = {
 }
 
 
-class V1(Dialect):
-    """README's wire contract: Bearer key, snake_case, samples as gzip JSON."""
+def _v1_node(node: Node) -> dict[str, Any]:
+    return {
+        "node_id": node.node_id, "hostname": node.hostname, "ip": node.ip,
+        "role": node.role, "version": VERSION,
+    }
 
-    SIGNS = (
+
+def _v1_body(packed: bytes, node_id: str) -> dict[str, Any]:
+    neutral = _dict(unpack(packed))
+    body: dict[str, Any] = {"node_id": node_id, **_timestamp(neutral)}
+    for part, find in V1_PARTS.items():
+        values = {
+            name: value for name, value in _dict(neutral.get(part)).items()
+            if (fits := find(name)) and fits(value)
+        }
+        if values or part == "system":
+            body[part] = values
+    return body
+
+
+# README's wire contract: Bearer key, snake_case, samples as gzip JSON.
+V1 = Dialect(
+    headers=lambda key: {"Authorization": f"Bearer {key}", "Content-Type": "application/json"},
+    node=_v1_node,
+    body=_v1_body,
+    signs=(
         Sign((401,), b"x-api-key", Fate.KEPT, OTHER_DIALECT.format("tinomail-monitor")),
         Sign((400, 415), b"fst_err_ctp_", Fate.KEPT, OTHER_DIALECT.format("tinomail-monitor")),
-    )
-
-    @classmethod
-    def sample(cls, packed: bytes, node_id: str, key: str) -> Request:
-        plain = super().sample(packed, node_id, key)
-        headers = {**plain.headers, "Content-Encoding": "gzip"}
-        return plain._replace(headers=headers, body=gzip.compress(plain.body, mtime=0))
-
-    @staticmethod
-    def headers(key: str) -> dict[str, str]:
-        return {"Authorization": f"Bearer {key}", "Content-Type": "application/json"}
-
-    @staticmethod
-    def node(node: Node) -> dict[str, Any]:
-        return {
-            "node_id": node.node_id, "hostname": node.hostname, "ip": node.ip,
-            "role": node.role, "version": VERSION,
-        }
-
-    @staticmethod
-    def body(packed: bytes, node_id: str) -> dict[str, Any]:
-        neutral = _dict(unpack(packed))
-        body: dict[str, Any] = {"node_id": node_id}
-        if isinstance(neutral.get("timestamp"), str):
-            body["timestamp"] = neutral["timestamp"]
-        for part, find in V1_PARTS.items():
-            values = {
-                name: value for name, value in _dict(neutral.get(part)).items()
-                if (fits := find(name)) and fits(value)
-            }
-            if values or part == "system":
-                body[part] = values
-        return body
-
-    @staticmethod
-    def confirmed_id(body: bytes) -> str | None:
-        return confirmed_id(body)
+    ),
+    is_gzip=True,
+    confirms_id=True,
+)
 
 
 # Our name for it -> that dialect's, and what it can hold.
-Renaming = Mapping[str, tuple[str, Fits]]
-MONITOR_SYSTEM: Renaming = {
+MONITOR_SYSTEM: dict[str, tuple[str, Fits]] = {
     "cpu_percent": ("cpuPercent", PERCENT),
     "ram_used_percent": ("ramPercent", PERCENT),
     "ram_used_bytes": ("ramUsedBytes", COUNT),
@@ -1871,11 +1854,6 @@ MONITOR_SYSTEM: Renaming = {
     "tcp_time_wait": ("tcpTimeWait", INT4),
     "open_files": ("openFiles", INT4),
 }
-MONITOR_PROCESS: Renaming = {
-    "pid": ("pid", _integer(2**31 - 1, 1)),
-    "cpu_percent": ("cpuPercent", AMOUNT),
-    "memory_mb": ("memoryMB", AMOUNT),
-}
 # No others: a name that it does not know might cost the whole sample.
 MONITOR_NAMES = {
     "zonemta": "zone-mta", "wildduck": "wildduck", "haraka": "haraka", "rspamd": "rspamd",
@@ -1883,73 +1861,68 @@ MONITOR_NAMES = {
 }
 
 
-def _renamed(values: Mapping[str, Any], table: Renaming) -> dict[str, Any]:
+def _monitor_node(node: Node) -> dict[str, Any]:
+    metadata = {
+        "agentVersion": VERSION, "platform": sys.platform, "arch": platform.machine(),
+        "detectedServices": [name for name in node.services if name in SERVICES],
+    }
+    with contextlib.suppress(OSError):
+        system = platform.freedesktop_os_release()  # os-release(5)
+        metadata |= {"distro": system["NAME"], "release": system.get("VERSION_ID", "rolling")}
     return {
-        theirs: values[ours] for ours, (theirs, fits) in table.items()
-        if ours in values and fits(values[ours])
+        "nodeId": node.node_id, "hostname": node.hostname, "role": node.role,
+        "ipAddress": node.ip.partition("%")[0],  # fe80::1%eth0
+        "metadata": metadata,
     }
 
 
-class Monitor(Dialect):
-    """TinoMail Monitor as it is deployed: x-api-key, camelCase, no compression, never null."""
+def _monitor_body(packed: bytes, node_id: str) -> dict[str, Any]:
+    neutral = _dict(unpack(packed))
+    system, role = _dict(neutral.get("system")), str(neutral.get("role"))
+    body: dict[str, Any] = {
+        "nodeId": node_id, "nodeRole": role if role in ROLE_PORTS else "unknown",
+        **_timestamp(neutral),
+    }
+    for ours, (theirs, fits) in MONITOR_SYSTEM.items():
+        if fits(system.get(ours)):
+            body[theirs] = system[ours]
+    if LOADS(system.get("load_avg")):
+        body |= zip(("load1m", "load5m", "load15m"), system["load_avg"])
+    processes = [
+        {"name": MONITOR_NAMES[name], "running": process["status"] == "running",
+         "cpuPercent": process["cpu_percent"], "memoryMB": process["memory_mb"],
+         **({"pid": process["pid"]} if process["pid"] else {})}
+        for name, process in _dict(neutral.get("processes")).items()
+        if name in MONITOR_NAMES and is_process(process)
+    ]
+    # The node counts as alive only with processes, but where none could be read, "not running"
+    # would be a lie: the rest of the sample is posted without them.
+    return {**body, "processes": processes} if processes else body
 
-    SIGNS = (
+
+# TinoMail Monitor as it is deployed: x-api-key, camelCase, never gzip, never null. It takes
+# samples of nodes that it does not know, so that a 404 never asks for a registration.
+MONITOR = Dialect(
+    headers=lambda key: {"x-api-key": key, "Content-Type": "application/json"},
+    node=_monitor_node,
+    body=_monitor_body,
+    signs=(
         Sign((401,), b"", Fate.KEPT,
              "the dashboard does not accept API_KEY: set the key that it gave out; "
              "if it is that one, " + OTHER_DIALECT.format("v1")),
         Sign((403,), b'"blocked"', Fate.KEPT, "the dashboard blocks this node: unblock it there"),
-        # It takes samples of unknown nodes: a 404 never asks for a registration.
         Sign((404,), b"", Fate.KEPT, "no such address: is DASHBOARD_URL right?"),
-    )
-
-    @staticmethod
-    def headers(key: str) -> dict[str, str]:
-        return {"x-api-key": key, "Content-Type": "application/json"}
-
-    @staticmethod
-    def node(node: Node) -> dict[str, Any]:
-        metadata = {
-            "agentVersion": VERSION, "platform": sys.platform, "arch": platform.machine(),
-            "detectedServices": [name for name in node.services if name in SERVICES],
-        }
-        with contextlib.suppress(OSError):
-            system = platform.freedesktop_os_release()  # os-release(5)
-            metadata |= {"distro": system["NAME"], "release": system.get("VERSION_ID", "rolling")}
-        return {
-            "nodeId": node.node_id, "hostname": node.hostname,
-            "ipAddress": node.ip.partition("%")[0],  # fe80::1%eth0
-            "role": node.role, "metadata": metadata,
-        }
-
-    @staticmethod
-    def body(packed: bytes, node_id: str) -> dict[str, Any]:
-        neutral = _dict(unpack(packed))
-        system, role = _dict(neutral.get("system")), neutral.get("role")
-        body: dict[str, Any] = {
-            "nodeId": node_id,
-            "nodeRole": role if isinstance(role, str) and role in ROLE_PORTS else "unknown",
-        }
-        if isinstance(neutral.get("timestamp"), str):
-            body["timestamp"] = neutral["timestamp"]
-        body |= _renamed(system, MONITOR_SYSTEM)
-        if LOADS(system.get("load_avg")):
-            body |= zip(("load1m", "load5m", "load15m"), system["load_avg"])
-        # Left out if none could be read: the dashboard takes the node for alive only with
-        # processes, but "not running" would be a lie.
-        processes = [
-            {"name": MONITOR_NAMES[name], "running": process["status"] == "running",
-             **_renamed(process, MONITOR_PROCESS)}
-            for name, process in _dict(neutral.get("processes")).items()
-            if name in MONITOR_NAMES and is_process(process)
-        ]
-        return {**body, "processes": processes} if processes else body
+    ),
+    is_gzip=False,
+    confirms_id=False,
+)
 
 
 def _json(body: Mapping[str, Any]) -> bytes:
     return json.dumps(body, separators=(",", ":"), allow_nan=False).encode()
 
 
-DIALECTS: dict[str, type[Dialect]] = {"v1": V1, "tinomail-monitor": Monitor}
+DIALECTS = {"v1": V1, "tinomail-monitor": MONITOR}
 
 
 def node_of(config: Config, sample: Sample, ip: str) -> Node:
@@ -2650,7 +2623,7 @@ class Sender:
 
     def _read(self, answer: Answer) -> Verdict:
         """Judge an answer, and note what else it tells: when to ask again, and the time there."""
-        verdict = judge(answer, self._config.api_key, self._dialect.SIGNS)
+        verdict = judge(answer, self._config.api_key, self._dialect.signs)
         if verdict.fate is Fate.RETRY:
             self._quiet_until = self._clock() + retry_after_s(answer, self._now())
         self.progress = self._clock()
@@ -3002,7 +2975,7 @@ def run_check(config: Config) -> int:
         return 1
     dialect = DIALECTS[config.dashboard_api]
     answer = transport.post(dialect.register(node_of(config, sample, ip), config.api_key))
-    verdict = judge(answer, config.api_key, dialect.SIGNS)
+    verdict = judge(answer, config.api_key, dialect.signs)
     print(f"\ndialect: DASHBOARD_API={config.dashboard_api}")
     if verdict.fate is not Fate.DELIVERED:
         print(f"dashboard: FAILED: {verdict}")

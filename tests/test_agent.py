@@ -38,6 +38,7 @@ def test_from_start_to_stop(dashboard: Dashboard, start_agent: StartAgent) -> No
     counters = process.counters()
     assert counters["delivered"] == counters["sampled"] == len(dashboard.stored())
     assert dashboard.connections == 1
+    assert dashboard.complaints == []
     [row] = dashboard.query("SELECT node_id, ip, role FROM nodes")
     assert row == ("mta-01", "127.0.0.1", "haraka")
 

@@ -83,7 +83,7 @@ def rendered(api: str, neutral: Any) -> Any:
 
 
 def test_a_sample_for_tinomail_monitor() -> None:
-    request = agent.Monitor.sample(agent.pack(GOOD), "mta-01", KEY)
+    request = agent.MONITOR.sample(agent.pack(GOOD), "mta-01", KEY)
     assert request.path == "/api/v1/metrics/system"
     assert request.headers == {"x-api-key": KEY, "Content-Type": "application/json"}
     assert json.loads(request.body) == {
@@ -103,7 +103,7 @@ def test_a_sample_for_tinomail_monitor() -> None:
 
 def test_a_registration_at_tinomail_monitor() -> None:
     node = agent.Node("mta-01", "host", "fe80::1%eth0", "haraka", ("haraka", "postfix", "redis"))
-    request = agent.Monitor.register(node, KEY)
+    request = agent.MONITOR.register(node, KEY)
     assert (request.path, request.headers["x-api-key"]) == ("/api/v1/nodes", KEY)
     assert "Content-Encoding" not in request.headers
     body = json.loads(request.body)
@@ -122,7 +122,7 @@ def test_a_system_without_os_release(monkeypatch: pytest.MonkeyPatch) -> None:
         raise FileNotFoundError
 
     monkeypatch.setattr(platform, "freedesktop_os_release", fail)
-    body = json.loads(agent.Monitor.register(agent.Node("a", "h", "::1", "redis"), KEY).body)
+    body = json.loads(agent.MONITOR.register(agent.Node("a", "h", "::1", "redis"), KEY).body)
     assert set(body["metadata"]) == {"agentVersion", "platform", "arch", "detectedServices"}
 
 
@@ -291,7 +291,7 @@ def test_what_is_no_sample_breaks_nothing(neutral: Any, api: str) -> None:
     ],
 )
 def test_signs(api: str, answer: Answer, says: str) -> None:
-    verdict = agent.judge(answer, KEY, agent.DIALECTS[api].SIGNS)
+    verdict = agent.judge(answer, KEY, agent.DIALECTS[api].signs)
     assert verdict.fate is Fate.KEPT
     assert str(verdict).startswith(f"answered {answer.status}: ") and says in str(verdict)
 
@@ -303,7 +303,7 @@ def test_signs(api: str, answer: Answer, says: str) -> None:
      (MONITOR, Answer(500, body=b'{"error":{"code":"22003"}}'))],
 )
 def test_other_answers_are_no_sign(api: str, answer: Answer) -> None:
-    verdict = agent.judge(answer, KEY, agent.DIALECTS[api].SIGNS)
+    verdict = agent.judge(answer, KEY, agent.DIALECTS[api].signs)
     assert verdict == agent.judge(answer, KEY)
     assert "DASHBOARD_API" not in str(verdict)
 
@@ -465,7 +465,7 @@ def test_more_than_1000_posts_a_minute(monitor: Dashboard) -> None:
     assert 0 < int(limits["retry-after"]) <= 60
     assert limits["x-ratelimit-limit"] == "3" and limits["x-ratelimit-remaining"] == "0"
     transport = agent.Transport(monitor.url)
-    answer = transport.post(agent.Monitor.sample(agent.pack(GOOD), "mta-01", KEY), 5.0)
+    answer = transport.post(agent.MONITOR.sample(agent.pack(GOOD), "mta-01", KEY), 5.0)
     assert 0 < agent.retry_after_s(answer, 0.0) <= 60
     assert "retry-after" not in monitor.count("10.0.0.1")  # an address of its own
 

@@ -409,7 +409,7 @@ def judged(
     responses.add(responses.POST, f"{url}/api/v1/nodes", body=body, status=status,
                   content_type=content_type)
     answer = agent.Transport(url).post(REQUESTS[api])
-    return agent.judge(answer, KEY, agent.DIALECTS[api].SIGNS)
+    return agent.judge(answer, KEY, agent.DIALECTS[api].signs)
 
 
 EXPECTED = {
@@ -480,7 +480,7 @@ def test_no_answer_breaks_the_judge(
 ) -> None:
     answer = Answer(status, "", body, content_type, header, header, header)
     for dialect in agent.DIALECTS.values():
-        verdict = agent.judge(answer, KEY, dialect.SIGNS)
+        verdict = agent.judge(answer, KEY, dialect.signs)
         assert isinstance(verdict.fate, Fate)
         assert "\n" not in str(verdict) and len(str(verdict)) < 400
     assert 0 <= agent.retry_after_s(answer, 0.0) <= agent.RETRY_AFTER_LIMIT_S

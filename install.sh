@@ -120,7 +120,6 @@ PAGES
 
 check_node_agent() {
     local stops
-    [ ! -d "$KEPT.unproven" ] || recover_node_agent
     is_node_agent || return 0
     [ -s "$NODE_AGENT/.env" ] ||
         die "$UNIT_FILE is the Node.js agent's, but $NODE_AGENT/.env is missing. Nothing was changed."
@@ -135,7 +134,7 @@ check_node_agent() {
 
 # Whole or not at all: while $KEPT.unproven is there, the new agent has not proved itself.
 put_node_agent_aside() {
-    rm -rf "$KEPT" "$KEPT.new"
+    rm -rf "$KEPT.new"
     mkdir "$KEPT.new"
     printf '%s\n' "was_active=$was_active" "was_enabled=$was_enabled" "had=$had" >"$KEPT.new/state"
     cp -p "$UNIT_FILE" "$KEPT.new/"
@@ -164,6 +163,7 @@ bring_back_node_agent() {
 
 # An earlier run was cut off (power, SIGKILL) after it had stopped the Node.js agent.
 recover_node_agent() {
+    [ -d "$KEPT.unproven" ] || return 0
     # shellcheck disable=SC1091  # written above
     . "$KEPT.unproven/state"
     [ $had = yes ] || rm -rf "$DEST" "$COMMAND"
@@ -463,7 +463,7 @@ put_back() {
         [ $had_state = yes ] || systemctl clean --what=state "$UNIT" 2>/dev/null
         [ ! -e "$old" ] || mv -T "$old" "$old.kept"  # an agent of ours that was not in use
         remove
-        [ ! -e "$old.kept" ] || mv -T "$old.kept" "$DEST"
+        [ ! -e "$old.kept" ] || { mv -T "$old.kept" "$DEST"; ln -sfn "$DEST/tinomail-agent" "$COMMAND"; }
         rm -f "$ENV_FILE"
         [ ! -e "$ENV_FILE.old" ] || mv "$ENV_FILE.old" "$ENV_FILE"
         if [ $takeover = yes ]; then bring_back_node_agent; else say "nothing is installed"; fi
@@ -539,7 +539,7 @@ do_install() {
     proved=yes placed=no
     # $old means "unproven": it goes in one step.
     [ ! -e "$old" ] || { rm -rf "$new"; mv -T "$old" "$new"; }
-    [ $takeover = no ] || mv -T "$KEPT.unproven" "$KEPT"
+    [ $takeover = no ] || { rm -rf "$KEPT" "$KEPT.unproven/state"; mv -T "$KEPT.unproven" "$KEPT"; }
     say "$check"
     say
     say "last lines of its log (journalctl -u tinomail-agent):"
@@ -597,4 +597,5 @@ say_node_agent() {
 
 read_options "$@"
 check_machine
+recover_node_agent
 if [ $uninstall = yes ]; then do_uninstall; else do_install; fi

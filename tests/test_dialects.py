@@ -12,10 +12,11 @@ import re
 import subprocess
 import sys
 import zlib
+from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import KEY, ROOT, FakeClock, make_config
+from conftest import KEY, ROOT, FakeClock, eventually, make_config, running_agents
 from dashboard import (
     AGENT,
     APIS,
@@ -330,6 +331,16 @@ def test_check_names_the_dialect_and_the_setting_to_change(ours: str, theirs: st
         assert done.returncode == 1, done
         assert last.startswith("dashboard: FAILED: answered 401: ")
         assert last.endswith(f"set DASHBOARD_API={theirs}")
+
+
+@pytest.mark.parametrize(("ours", "theirs"), list(itertools.permutations(APIS)))
+def test_the_log_names_the_setting_to_change(ours: str, theirs: str, tmp_path: Path) -> None:
+    with Dashboard(KEY, api=theirs) as server, running_agents(tmp_path, ours) as start:
+        process = start(server.url)
+        [line] = eventually(lambda: process.lines("not delivered"))
+        assert "registration: answered 401: " in line
+        assert line.endswith(f"set DASHBOARD_API={theirs}")
+        assert process.stop() == 0
 
 
 def test_once_prints_the_dialect_that_is_set() -> None:

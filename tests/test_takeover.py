@@ -64,10 +64,10 @@ def box(boxes: Callable[..., Box], bundle: Path) -> Iterator[Box]:
 @pytest.fixture
 def node(box: Box) -> Box:
     """The box, with the Node.js agent (its stand-in) at work, and nothing of ours."""
-    if box.try_sh(f"test -d {DEST}")[0] == 0:
-        box.install("--uninstall --purge")
     box.sh(f"systemctl disable --now {UNIT} 2>/dev/null || :")
-    box.sh(f"rm -rf {OLD} {UNIT_FILE} {UNIT_FILE}.d {Path(ENV_FILE).parent} /root/broken")
+    box.sh(f"rm -rf {OLD} {UNIT_FILE} {UNIT_FILE}.d {Path(ENV_FILE).parent} /root/broken {DEST}"
+           " /usr/local/sbin/tinomail-agent /var/lib/private/tinomail-agent"
+           " /var/lib/tinomail-agent")
     box.write(f"{OLD}/node_modules/.bin/tsx", "#!/bin/sh\nexec sleep 1000000\n", "755")
     box.write(f"{OLD}/.env", env_file(), "600")
     box.write(UNIT_FILE, OLD_UNIT)
@@ -171,6 +171,20 @@ def test_a_new_agent_that_fails_is_undone(node: Box, state: str) -> None:
     assert code == 1
     assert "OSError" in output
     assert "the Node.js agent is back" in output
+    assert state_of(node) == before
+
+
+def test_a_node_that_went_back_to_the_old_agent(node: Box) -> None:
+    """Ours lies there unused, with the old unit over it: that, too, is as before."""
+    node.install(FLAG)
+    node.sh(f"systemctl stop {UNIT}; cp -R {OLD}/old-unit/* /etc/systemd/system;"
+            f" systemctl daemon-reload; systemctl enable --now {UNIT} 2>&1")
+    before = state_of(node)
+    assert "path=/opt/tinomail-agent/node_modules/.bin/tsx" in before
+    assert f"{DEST}/tinomail_agent.py" in before
+    break_agent(node)
+    code, output = node.try_sh(f"/root/broken/install.sh {FLAG}")
+    assert (code, "the Node.js agent is back and active" in output) == (1, True), output
     assert state_of(node) == before
 
 

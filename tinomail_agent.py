@@ -2,7 +2,7 @@
 """TinoMail agent: samples a mail node and reports it to a dashboard.
 
 Every HEARTBEAT_INTERVAL it reads CPU, memory, disks, network, TCP, the mail daemons and the
-mail ports of this machine, and posts them as gzip JSON to DASHBOARD_URL with API_KEY.
+mail ports of this machine, and posts them as JSON to DASHBOARD_URL with API_KEY.
 
     timer -> collector thread -> queue.Queue -> sender thread -> POST -> dashboard
                                                    |   ^ newest first, then 10 of the oldest

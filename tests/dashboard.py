@@ -365,6 +365,10 @@ def refusal(code: str, message: str) -> dict[str, Any]:
     return {"success": False, "error": {"code": code, "message": message}}
 
 
+PATHS = ("/api/v1/nodes", "/api/v1/metrics/system")
+TOO_MANY = refusal("RATE_LIMIT_EXCEEDED", "Too many requests, please try again later")
+
+
 class Handler(BaseHTTPRequestHandler):
     server: Dashboard
     protocol_version = "HTTP/1.1"
@@ -381,7 +385,7 @@ class Handler(BaseHTTPRequestHandler):
                 self.server.fault = mode
             return
         body, problem = self.server.decode(self.headers, raw)
-        limits = self.server.count(self.client_address[0])
+        limits = self.server.count_post(self.client_address[0])
         mode = self.server.fault_for(self.path)
         if mode in RAW:
             self.note(raw, body, 0)
@@ -394,9 +398,11 @@ class Handler(BaseHTTPRequestHandler):
             mode = "500" if poisoned else "off"
         if mode in ANSWERS:
             status, headers, content = ANSWERS[mode]()
+        elif "retry-after" in limits and self.path in PATHS:
+            status, headers, content = 429, limits, json.dumps(TOO_MANY).encode()
         else:
-            status, reply = self.server.take(self.path, self.headers, raw, body, problem, limits)
-            headers, content = limits if status == 429 else {}, json.dumps(reply).encode()
+            status, reply = self.server.take(self.path, self.headers, body, problem)
+            headers, content = {}, json.dumps(reply).encode()
         headers = {**headers, **{k: v for k, v in limits.items() if k != "retry-after"}}
         self.note(raw, body, status)
         self.answer(status, content, headers)
@@ -584,7 +590,7 @@ class Dashboard(ThreadingHTTPServer):
             return None, str(error)
         return value, ""
 
-    def count(self, address: str) -> Headers:
+    def count_post(self, address: str) -> Headers:
         """Count a post; return the headers that tell of the limit, retry-after if it is over."""
         if self.api == "v1":
             return {}
@@ -600,12 +606,10 @@ class Dashboard(ThreadingHTTPServer):
         return {**over, "x-ratelimit-limit": str(self.posts_per_minute),
                 "x-ratelimit-remaining": str(left), "x-ratelimit-reset": left_s}
 
-    def take(
-        self, path: str, headers: Any, raw: bytes, body: Any, problem: str, limits: Headers
-    ) -> tuple[int, Any]:
+    def take(self, path: str, headers: Any, body: Any, problem: str) -> tuple[int, Any]:
         """Return the (status, answer) of an honest dashboard."""
         if self.api != "v1":
-            return self._take_as_monitor(path, headers, raw, body, problem, limits)
+            return self._take_as_monitor(path, headers, body, problem)
         if headers.get("Authorization") != f"Bearer {self.key}":
             return 401, {"success": False, "error": "unknown key"}
         if headers.get("Content-Type") != "application/json":
@@ -625,21 +629,18 @@ class Dashboard(ThreadingHTTPServer):
     # - the dialect tinomail-monitor, as measured on the running backend
 
     def _take_as_monitor(
-        self, path: str, headers: Any, raw: bytes, body: Any, problem: str, limits: Headers
+        self, path: str, headers: Any, body: Any, problem: str
     ) -> tuple[int, Any]:
-        takers = {"/api/v1/nodes": self._take_monitor_node,
-                  "/api/v1/metrics/system": self._take_monitor_sample}
+        takers = dict(zip(PATHS, (self._take_monitor_node, self._take_monitor_sample)))
         if path not in takers:  # with a slash at its end, too
             return 404, refusal("NOT_FOUND", f"Route POST:{path} not found")
-        if "retry-after" in limits:
-            return 429, refusal("RATE_LIMIT_EXCEEDED", "Too many requests, please try again later")
         if "x-api-key" not in headers:
             return 401, refusal("UNAUTHORIZED", "Missing x-api-key header")
         if headers["x-api-key"] != self.key:
             return 401, refusal("UNAUTHORIZED", "Invalid API key")
         if headers.get("Content-Type") != "application/json":
             return 415, refusal("FST_ERR_CTP_INVALID_MEDIA_TYPE", "Unsupported Media Type")
-        if len(raw) > BODY_LIMIT_BYTES:
+        if int(headers.get("Content-Length", "0")) > BODY_LIMIT_BYTES:
             return 413, refusal("FST_ERR_CTP_BODY_TOO_LARGE", "Request body is too large")
         if "Content-Encoding" in headers:
             return 400, refusal("FST_ERR_CTP_INVALID_CONTENT_LENGTH",

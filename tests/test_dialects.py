@@ -472,13 +472,13 @@ def test_more_than_1000_posts_a_minute(monitor: Dashboard) -> None:
     monitor.posts_per_minute = 3
     assert [post(monitor, METRICS, SAMPLE_OF)[0] for _ in range(5)] == [201, 201, 201, 429, 429]
     assert len(monitor.stored()) == 3
-    limits = monitor.count("127.0.0.1")
+    limits = monitor.count_post("127.0.0.1")
     assert 0 < int(limits["retry-after"]) <= 60
     assert limits["x-ratelimit-limit"] == "3" and limits["x-ratelimit-remaining"] == "0"
     transport = agent.Transport(monitor.url)
     answer = transport.post(agent.MONITOR.sample(agent.pack(GOOD), "mta-01", KEY), 5.0)
     assert 0 < agent.retry_after_s(answer, 0.0) <= 60
-    assert "retry-after" not in monitor.count("10.0.0.1")  # an address of its own
+    assert "retry-after" not in monitor.count_post("10.0.0.1")  # an address of its own
 
 
 def test_a_node_is_one_in_v1() -> None:

@@ -10,6 +10,7 @@ VERSION = $(shell sed -n 's/^VERSION = "\(.*\)"/\1/p' tinomail_agent.py)
 .PHONY: run test unit lint dist deploy clean
 
 # The stand-in dashboard and the agent, side by side on this machine; Ctrl-C ends both.
+# API=tinomail-monitor: both speak the other dialect.
 run: $(VENV)/.run
 	@$(PY) tests/demo.py --port $(PORT) --api $(API)
 

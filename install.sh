@@ -2,15 +2,19 @@
 # Installs, upgrades or removes the TinoMail agent on this node. Asks nothing.
 #
 #   sudo ./install.sh --url https://monitor.example.com --key-file FILE|-
-#                     [--role ROLE] [--node-id ID] [--python FILE]
+#                     [--api API] [--role ROLE] [--node-id ID] [--python FILE]
 #   sudo ./install.sh                       upgrade; settings of before are kept
+#   sudo ./install.sh --replace-node-agent  take over from TinoMail Monitor's Node.js agent
 #   sudo ./install.sh --uninstall [--purge] remove it; --purge: settings, state, packages too
 #
 #   --url URL        address of the dashboard
 #   --key-file FILE  file that holds the dashboard's API key; "-" reads it from stdin
+#   --api API        dialect of the dashboard: v1 or tinomail-monitor (default: v1)
 #   --role ROLE      role of this node, e.g. zonemta-outbound (default: auto)
 #   --node-id ID     name of this node (default: its host name)
 #   --python FILE    Python 3.10 or later to run it with (default: python3 of the system)
+#   --replace-node-agent  if the Node.js agent of /opt/tinomail-agent runs this node's reports:
+#                    take its settings, stop it, and put it back if the new agent fails
 #
 # Settings are in /etc/tinomail-agent/agent.env (root only) and may also be written there before.
 # Exit codes: 0 the agent is active; 1 failed, and what was there before is back;
@@ -29,6 +33,8 @@ UNIT_FILE=/etc/systemd/system/$UNIT
 ETC=/etc/tinomail-agent
 ENV_FILE=$ETC/agent.env
 ACTIVE_WITHIN=30  # seconds
+NODE_AGENT=/opt/tinomail-agent  # the Node.js agent, which has a unit of the same name
+KEPT=$NODE_AGENT/old-unit       # its unit and drop-ins, once it has been replaced
 # For a venv, when there is neither lib/ nor apt; as in pyproject.toml.
 REQUIREMENTS=('psutil>=5.9.0' 'requests>=2.25.1' 'python-dotenv>=0.19.2' 'sdnotify>=0.3.1')
 PACKAGES=(python3-psutil python3-requests python3-dotenv python3-sdnotify)
@@ -37,7 +43,8 @@ MODULES='psutil, requests, dotenv.parser, sdnotify'
 here=$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")
 new=$DEST.new      # what is about to be installed
 old=$DEST.old      # what was there before, until the new one has proved itself
-url='' key_file='' role='' node_id='' python='' uninstall=no purge=no
+url='' key_file='' api='' role='' node_id='' python='' uninstall=no purge=no
+replace=no takeover=no was_active=no was_enabled=no  # of the Node.js agent
 # How far it got: something was there before; it is being replaced; the new one has proved itself;
 # an earlier run was cut off before that.
 had=no had_state=no placed=no proved=no unproven=no
@@ -50,15 +57,17 @@ usage() { sed -n '2,/^set /{/^#/s/^# \{0,1\}//p}' "${BASH_SOURCE[0]}"; }
 read_options() {
     while [ $# -gt 0 ]; do
         case $1 in
-            --url|--key-file|--role|--node-id|--python)
+            --url|--key-file|--api|--role|--node-id|--python)
                 if [ -z "${2:-}" ]; then die "$1 needs a value; see --help" 2; fi ;;&
             --url)       url=$2; shift ;;
             --key-file)  key_file=$2; shift ;;
+            --api)       api=$2; shift ;;
             --role)      role=$2; shift ;;
             --node-id)   node_id=$2; shift ;;
             --python)    python=$2; shift ;;
             --uninstall) uninstall=yes ;;
             --purge)     purge=yes ;;
+            --replace-node-agent) replace=yes ;;
             -h|--help)   usage; exit 0 ;;
             *)           die "unknown option; see --help" 2 ;;  # it may be the key: never shown
         esac
@@ -80,10 +89,101 @@ check_machine() {
 # A unit of this name that is not ours is somebody's: look, then decide by hand.
 check_foreign_unit() {
     local path
+    [ $takeover = no ] || return 0
     path=$(systemctl show -p FragmentPath --value "$UNIT")
     [ -z "$path" ] || [ ! -e "$path" ] || grep -q "^ExecStart=$DEST/" "$path" ||
         die "$path is another agent's: it does not start $DEST. Remove it first
   (systemctl disable --now $UNIT, then the file), then run this again. Nothing was changed."
+}
+
+# The Node.js agent of TinoMail Monitor, by its unit.
+is_node_agent() {
+    [ -e "$UNIT_FILE" ] && grep -qE '^ExecStart=.*tsx src/index\.ts[[:space:]]*$' "$UNIT_FILE"
+}
+
+# What it reports and this agent does not, as far as can be seen from outside.
+say_what_would_stop() {
+    local page setting program
+    while read -r page setting program; do
+        if grep -qsE "^[[:space:]]*(export )?$setting=." "$NODE_AGENT/.env"; then
+            say "  ${page//_/ } ($setting is set in its .env)"
+        elif [ -n "$program" ] && pgrep -fi "$program" >/dev/null 2>&1; then
+            say "  ${page//_/ } (it runs here, and newer versions of that agent find it by themselves)"
+        fi
+    done <<'PAGES'
+figures_of_MongoDB AGENT_MONGODB_URI (^|/)mongod( |$)
+figures_of_Redis AGENT_REDIS_URL (^|/)redis-server( |$)
+figures_of_ZoneMTA AGENT_ZONEMTA_API_URL (^|/| )zone-?mta( |:|/|$)
+mails_of_ZoneMTA AGENT_ZONEMTA_MONGODB_URI
+PAGES
+}
+
+check_node_agent() {
+    local stops
+    is_node_agent || return 0
+    [ -s "$NODE_AGENT/.env" ] ||
+        die "$UNIT_FILE is the Node.js agent's, but $NODE_AGENT/.env is missing. Nothing was changed."
+    stops=$(say_what_would_stop)
+    say "this node is reported by the Node.js agent in $NODE_AGENT. What would no longer be reported:"
+    say "${stops:-  nothing that can be seen from here}"
+    [ $replace = yes ] || die "--replace-node-agent replaces it. Nothing was changed."
+    takeover=yes was_active=no was_enabled=no
+    case $(systemctl show -p ActiveState --value "$UNIT") in active|activating|reloading) was_active=yes ;; esac
+    if systemctl -q is-enabled "$UNIT" 2>/dev/null; then was_enabled=yes; fi
+}
+
+# Whole or not at all: while $KEPT.unproven is there, the new agent has not proved itself.
+put_node_agent_aside() {
+    rm -rf "$KEPT.new"
+    mkdir "$KEPT.new"
+    printf '%s\n' "was_active=$was_active" "was_enabled=$was_enabled" "had=$had" >"$KEPT.new/state"
+    cp -p "$UNIT_FILE" "$KEPT.new/"
+    [ ! -d "$UNIT_FILE.d" ] || cp -pR "$UNIT_FILE.d" "$KEPT.new/"
+    find "$KEPT.new" -type f -exec sync {} +
+    mv -T "$KEPT.new" "$KEPT.unproven"
+    systemctl -q stop "$UNIT"
+    rm -rf "$UNIT_FILE" "$UNIT_FILE.d"
+}
+
+bring_back_node_agent() {
+    [ -d "$KEPT.unproven" ] || return 0  # it was not touched
+    systemctl -q stop "$UNIT" 2>/dev/null || :
+    rm -rf "$UNIT_FILE.d"
+    cp -p "$KEPT.unproven/$UNIT" "$UNIT_FILE"
+    [ ! -d "$KEPT.unproven/$UNIT.d" ] || cp -pR "$KEPT.unproven/$UNIT.d" "$UNIT_FILE.d"
+    rm -rf "$KEPT.unproven"
+    systemctl daemon-reload
+    systemctl -q reset-failed "$UNIT" 2>/dev/null || :
+    [ $was_enabled = no ] || systemctl -q enable "$UNIT"
+    if [ $was_active = no ]; then say "the Node.js agent is back; it was not active before"
+    elif systemctl -q start "$UNIT"; then say "the Node.js agent is back and active"
+    else say "the Node.js agent is back, but does not start: systemctl status $UNIT"
+    fi
+}
+
+# An earlier run was cut off (power, SIGKILL) after it had stopped the Node.js agent.
+recover_node_agent() {
+    [ -d "$KEPT.unproven" ] || return 0
+    # shellcheck disable=SC1091  # written above
+    . "$KEPT.unproven/state"
+    [ $had = yes ] || rm -rf "$DEST" "$COMMAND"
+    if [ -e "$ENV_FILE.old" ]; then mv "$ENV_FILE.old" "$ENV_FILE"; else rm -f "$ENV_FILE"; fi
+    rm -f "$UNIT_FILE.old"
+    bring_back_node_agent >&2
+    had=no
+}
+
+# Would the dashboard take this node, as the old agent's settings have it? Asked while the old
+# one still runs. One that is away now will be asked later.
+try_dashboard() {
+    local line
+    line=$(with_agent --check --env-file "$ENV_FILE.new" 2>&1 3<<<'import sys, tinomail_agent
+sys.exit(tinomail_agent.main())' | tail -1) || :
+    case $line in
+        *'FAILED: answered '[34]*|*'web page'*|*certificate*|*TLS*)
+            die "${line#dashboard: }
+  The Node.js agent goes on. Nothing was changed." ;;
+    esac
 }
 
 check_foreign_command() {
@@ -202,16 +302,20 @@ new_python() { if [ -d "$new/venv" ]; then echo "$new/venv/bin/python"; else ech
 write_settings() {
     [ -d "$ETC" ] || mkdir -m 755 "$ETC"
     [ ! -e "$ENV_FILE" ] || { chown 0:0 "$ENV_FILE"; chmod 600 "$ENV_FILE"; }
-    with_agent "$ENV_FILE" "$url" "$key_file" "$role" "$node_id" 3<<'PROGRAM'
+    local from=
+    [ $takeover = no ] || from=$NODE_AGENT/.env
+    with_agent "$ENV_FILE" "$url" "$key_file" "$api" "$role" "$node_id" "$from" 3<<'PROGRAM'
 import io
 import os
+import re
 import sys
+import urllib.parse
 
 import dotenv.parser
 
 import tinomail_agent as agent
 
-path, url, key_file, role, node_id = sys.argv[1:]
+path, url, key_file, api, role, node_id, node_agent = sys.argv[1:]
 
 
 def fail(*lines):
@@ -229,8 +333,50 @@ def read(source):
         fail(f"{source}: is not text")
 
 
-given = {"DASHBOARD_URL": url, "NODE_ROLE": role, "NODE_ID": node_id}
+NODE_AGENT_NAMES = {  # of its settings, and of ours
+    "AGENT_SERVER_URL": "DASHBOARD_URL", "AGENT_API_KEY": "API_KEY", "AGENT_NODE_ID": "NODE_ID",
+    "AGENT_NODE_ROLE": "NODE_ROLE", "AGENT_HEARTBEAT_INTERVAL": "HEARTBEAT_INTERVAL",
+}
+
+
+def unquoted(text):
+    """The value of a line in an EnvironmentFile= (systemd.exec(5))."""
+    text = text.strip()
+    if text[:1] == "'" and text.endswith("'") and len(text) > 1:
+        return text[1:-1]
+    if text[:1] == '"' and text.endswith('"') and len(text) > 1:
+        return re.sub(r'\\(["\\`$])', r"\1", text[1:-1])
+    return re.sub(r"\\(.)", r"\1", text)
+
+
+def taken_over(source):
+    """What the Node.js agent was set to, as our settings."""
+    lines = (line.strip().partition("=") for line in read(source).splitlines())
+    theirs = {name.removeprefix("export ").strip(): unquoted(value) for name, _, value in lines}
+    theirs.setdefault("AGENT_NODE_ID", "node-01")  # its own default: the node keeps its name
+    found = {ours: theirs[name] for name, ours in NODE_AGENT_NAMES.items() if theirs.get(name)}
+    found["DASHBOARD_API"] = "tinomail-monitor"
+    if found.get("NODE_ROLE", "").lower() == "zonemta":
+        found["NODE_ROLE"] = "zonemta-outbound"
+    address = found.get("DASHBOARD_URL", "").lower()
+    if not url and address.startswith("http://") and not is_loopback(address):
+        found["ALLOW_HTTP"] = "true"
+        print("WARNING: the dashboard's address is http://: the key is sent in clear text, as the",
+              "Node.js agent did (ALLOW_HTTP=true); use https:// as soon as you can", file=sys.stderr)
+    return found
+
+
+def is_loopback(address):
+    try:
+        return agent._is_loopback(urllib.parse.urlsplit(address).hostname)
+    except ValueError:
+        return False  # load_config() will say what is wrong with it
+
+
+given = {"DASHBOARD_URL": url, "DASHBOARD_API": api, "NODE_ROLE": role, "NODE_ID": node_id}
 given = {name: value for name, value in given.items() if value}
+if node_agent:
+    given = {**taken_over(node_agent), **given}
 for name, value in given.items():
     if not value.isprintable():
         fail(f"{name}: holds a line break or another control character")
@@ -298,6 +444,7 @@ put_in_place() {
     [ ! -e "$DEST" ] || had=yes
     find "$new" "$ENV_FILE.new" -type f -exec sync {} +
     placed=yes  # from here on the trap puts back
+    [ $takeover = no ] || put_node_agent_aside
     [ $had = no ] || mv -T "$DEST" "$old"
     mv -T "$new" "$DEST"
     install -m 644 "$DEST/$UNIT" "$UNIT_FILE"
@@ -311,13 +458,15 @@ put_in_place() {
 start() { timeout "$ACTIVE_WITHIN" systemctl restart "$UNIT" 2>/dev/null && systemctl -q is-active "$UNIT"; }
 
 put_back() {
-    if [ $had = no ]; then
+    if [ $had = no ] || [ $takeover = yes ]; then
         systemctl -q stop "$UNIT" 2>/dev/null
         [ $had_state = yes ] || systemctl clean --what=state "$UNIT" 2>/dev/null
+        [ ! -e "$old" ] || mv -T "$old" "$old.kept"  # an agent of ours that was not in use
         remove
+        [ ! -e "$old.kept" ] || { mv -T "$old.kept" "$DEST"; ln -sfn "$DEST/tinomail-agent" "$COMMAND"; }
         rm -f "$ENV_FILE"
         [ ! -e "$ENV_FILE.old" ] || mv "$ENV_FILE.old" "$ENV_FILE"
-        say "nothing is installed"
+        if [ $takeover = yes ]; then bring_back_node_agent; else say "nothing is installed"; fi
         return 0
     fi
     if [ -e "$old" ]; then
@@ -359,6 +508,7 @@ failed() {
 do_install() {
     local check refusal
     [ "$here" != "$DEST" ] || die "this copy can only --uninstall; upgrade from a bundle or a checkout"
+    check_node_agent
     check_foreign_unit
     check_foreign_command
     choose_python
@@ -371,6 +521,7 @@ do_install() {
     fi
     build_new
     write_settings
+    [ $takeover = no ] || try_dashboard
     if [ $unproven = no ] && is_installed; then
         say "already installed and active: nothing to change"
     else
@@ -381,12 +532,14 @@ do_install() {
     systemctl -q is-active "$UNIT" || failed "did not stay active"
     refusal=
     case $(say "$check" | tail -1) in *'answered 401'*|*'answered 403'*) refusal=yes ;; esac
-    if [ -n "$refusal" ] && [ -e "$ENV_FILE.old" ] && ! same "$ENV_FILE" "$ENV_FILE.old"; then
+    if [ -n "$refusal" ] && { [ $takeover = yes ] ||
+        { [ -e "$ENV_FILE.old" ] && ! same "$ENV_FILE" "$ENV_FILE.old"; }; }; then
         die "the dashboard refuses the key, or this node, with these settings: they are not kept"
     fi
     proved=yes placed=no
     # $old means "unproven": it goes in one step.
     [ ! -e "$old" ] || { rm -rf "$new"; mv -T "$old" "$new"; }
+    [ $takeover = no ] || { rm -rf "$KEPT" "$KEPT.unproven/state"; mv -T "$KEPT.unproven" "$KEPT"; }
     say "$check"
     say
     say "last lines of its log (journalctl -u tinomail-agent):"
@@ -399,6 +552,7 @@ do_install() {
         *) say "done: the agent is active. WARNING: the dashboard did not take this node just now;"
            say "samples wait in the agent until it does. $(say "$check" | tail -1)" ;;
     esac
+    say_node_agent
 }
 
 # The service and the program; settings and state stay.
@@ -412,6 +566,7 @@ remove() {
 
 do_uninstall() {
     local packages=()
+    if is_node_agent; then die "$UNIT_FILE is the Node.js agent's. Nothing was changed."; fi
     check_foreign_unit
     [ ! -s "$DEST/packages" ] || mapfile -t packages <"$DEST/packages"
     if [ $purge = yes ]; then
@@ -421,6 +576,7 @@ do_uninstall() {
     fi
     remove
     rm -f "$ENV_FILE.old"
+    say_node_agent
     if [ $purge = no ]; then
         say "removed; settings stay in $ETC (--uninstall --purge takes them too)"
         return
@@ -434,6 +590,12 @@ do_uninstall() {
     say "removed, with its settings and state"
 }
 
+say_node_agent() {
+    [ ! -d "$KEPT" ] ||
+        say "the Node.js agent of before is in $NODE_AGENT, its unit and drop-ins in $KEPT"
+}
+
 read_options "$@"
 check_machine
+recover_node_agent
 if [ $uninstall = yes ]; then do_uninstall; else do_install; fi

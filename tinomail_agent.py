@@ -2,7 +2,7 @@
 """TinoMail agent: samples a mail node and reports it to a dashboard.
 
 Every HEARTBEAT_INTERVAL it reads CPU, memory, disks, network, TCP, the mail daemons and the
-mail ports of this machine, and posts them as gzip JSON to DASHBOARD_URL with API_KEY.
+mail ports of this machine, and posts them as JSON to DASHBOARD_URL with API_KEY.
 
     timer -> collector thread -> queue.Queue -> sender thread -> POST -> dashboard
                                                    |   ^ newest first, then 10 of the oldest
@@ -33,6 +33,7 @@ import json
 import logging
 import math
 import os
+import platform
 import queue
 import random
 import re
@@ -308,7 +309,10 @@ SETTINGS = (
         "MEMORY_LIMIT_MB", _whole(48, 72), "64",
         "resident memory in MiB above which the agent asks systemd for a restart", "64",
     ),
-    Setting("DASHBOARD_API", _choice("v1"), "v1", "dialect that the dashboard speaks", "v1"),
+    Setting(
+        "DASHBOARD_API", _choice("v1", "tinomail-monitor"), "v1",
+        "dialect that the dashboard speaks: v1 or tinomail-monitor", "tinomail-monitor",
+    ),
 )
 
 
@@ -1843,37 +1847,274 @@ class Node:
     hostname: str
     ip: str
     role: str
+    services: tuple[str, ...] = ()  # that were found on it, by their names in a sample
 
 
-class V1:
-    """README's wire contract: Bearer key, snake_case, samples as gzip JSON."""
+class Fate(Enum):
+    """What becomes of a sample after an answer."""
 
-    @staticmethod
-    def register(node: Node, key: str) -> Request:
-        body = {
-            "node_id": node.node_id, "hostname": node.hostname, "ip": node.ip,
-            "role": node.role, "version": VERSION,
-        }
-        return Request("/api/v1/nodes", V1._headers(key), _json(body))
+    DELIVERED = "delivered"
+    RETRY = "tried again after a pause, then kept"
+    KEPT = "kept; tried again at the next heartbeat"
+    REGISTER = "kept; the node registers and tries once more"
+    REFUSED = "refused for good, if the dashboard took others lately; else kept"
 
-    @staticmethod
-    def sample(packed: bytes, node_id: str, key: str) -> Request:
+
+class Sign(NamedTuple):
+    """An answer that means more in one dialect than its status says."""
+
+    statuses: tuple[int, ...]
+    holds: bytes  # what its body holds, in lower case
+    fate: Fate
+    advice: str
+
+
+OTHER_DIALECT = "the dashboard speaks another dialect: set DASHBOARD_API={}"
+
+# What a dialect can hold. A value that does not fit is left out: for one number that it cannot
+# store, a dashboard would refuse the whole sample, or answer 500 to it for ever.
+Fits = Callable[[Any], bool]
+
+
+def _real(high: float = 1e12, low: float = 0.0) -> Fits:
+    return lambda value: type(value) in (int, float) and low <= value <= high  # NaN is not
+
+
+def _integer(high: int = 2**53 - 1, low: int = 0) -> Fits:  # what JavaScript holds exactly
+    return lambda value: type(value) is int and low <= value <= high
+
+
+def _text(pattern: str) -> Fits:
+    return lambda value: isinstance(value, str) and bool(re.fullmatch(pattern, value))
+
+
+def _list_of(fits: Fits, low: int = 0, high: int = 10_000) -> Fits:
+    return lambda value: (
+        isinstance(value, list) and low <= len(value) <= high and all(map(fits, value))
+    )
+
+
+def _row(**columns: Fits) -> Fits:
+    """A record that stands or falls as a whole."""
+    return lambda value: (
+        isinstance(value, dict) and value.keys() == columns.keys()
+        and all(fits(value[name]) for name, fits in columns.items())
+    )
+
+
+def _named(pattern: str, fits: Fits) -> Callable[[str], Fits | None]:
+    return lambda name: fits if re.fullmatch(pattern, name) else None
+
+
+def _dict(value: Any) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
+
+
+def _timestamp(neutral: Mapping[str, Any]) -> dict[str, Any]:
+    return {k: v for k, v in neutral.items() if k == "timestamp" and isinstance(v, str)}
+
+
+PERCENT, AMOUNT, COUNT = _real(100), _real(), _integer()
+INT4 = _integer(2**31 - 1)  # a column of PostgreSQL's that holds no more
+LOADS = _list_of(AMOUNT, 3, 3)
+FOUND = _row(
+    status=_text("running|stopped"), pid=_integer(2**31 - 1, 1),
+    memory_mb=AMOUNT, cpu_percent=AMOUNT,
+)
+NOT_FOUND = _row(
+    status=_text("not_found"), pid=lambda pid: pid is None, memory_mb=AMOUNT, cpu_percent=AMOUNT
+)
+
+
+def is_process(value: Any) -> bool:
+    return FOUND(value) or NOT_FOUND(value)
+
+
+@dataclass(frozen=True, slots=True)
+class Dialect:
+    """How one kind of dashboard is spoken to; a sample is neutral until it is posted."""
+
+    headers: Callable[[str], dict[str, str]]  # with the key
+    node: Callable[[Node], dict[str, Any]]  # the body of a registration
+    body: Callable[[bytes, str], dict[str, Any]]  # that of a packed sample, under a node id
+    signs: tuple[Sign, ...]
+    is_gzip: bool  # samples are
+    confirms_id: bool  # samples go under the id in the answer to a registration
+
+    def register(self, node: Node, key: str) -> Request:
+        return Request("/api/v1/nodes", self.headers(key), _json(self.node(node)))
+
+    def sample(self, packed: bytes, node_id: str, key: str) -> Request:
         """Render a neutral sample; the same bytes each time for the same node id."""
-        body = {"node_id": node_id, **unpack(packed)}
-        del body["role"]
-        headers = {**V1._headers(key), "Content-Encoding": "gzip"}
-        return Request("/api/v1/metrics/system", headers, gzip.compress(_json(body), mtime=0))
+        headers, body = self.headers(key), _json(self.body(packed, node_id))
+        if self.is_gzip:
+            headers, body = {**headers, "Content-Encoding": "gzip"}, gzip.compress(body, mtime=0)
+        return Request("/api/v1/metrics/system", headers, body)
 
-    @staticmethod
-    def _headers(key: str) -> dict[str, str]:
-        return {"Authorization": f"Bearer {key}", "Content-Type": "application/json"}
+    def confirmed_id(self, answer: bytes) -> str | None:
+        return confirmed_id(answer) if self.confirms_id else None
+
+
+V1_SYSTEM: dict[str, Fits] = {
+    **dict.fromkeys(("cpu_percent", "ram_used_percent", "disk_used_percent"), PERCENT),
+    **dict.fromkeys(
+        (
+            "ram_used_bytes", "ram_total_bytes", "disk_free_bytes", "disk_read_bytes_sec",
+            "disk_write_bytes_sec", "net_rx_bytes_sec", "net_tx_bytes_sec", "net_rx_errors",
+            "net_tx_errors", "tcp_established", "tcp_time_wait", "tcp_close_wait", "open_files",
+            "uptime_seconds",
+        ), COUNT,
+    ),
+    "load_avg": LOADS,
+    "cpu_cores": _list_of(_row(core=COUNT, percent=PERCENT), 1),
+    "disks": _list_of(_row(mount=_text("/.*"), used_percent=PERCENT, free_bytes=COUNT)),
+}
+V1_AGENT: dict[str, Fits] = {
+    **dict.fromkeys(
+        ("buffered", "sent_total", "dropped_total", "refused_total", "collect_errors"), COUNT
+    ),
+    "version": _text(r"\d+\.\d+\.\d+.*"),
+    "rss_bytes": _integer(low=1),
+    "cpu_seconds": AMOUNT,
+    "collect_ms": AMOUNT,
+    "clock_offset_sec": _integer(low=-(2**53 - 1)),
+}
+V1_PARTS: dict[str, Callable[[str], Fits | None]] = {
+    "system": V1_SYSTEM.get,
+    "processes": _named(r"[a-z0-9][a-z0-9_.-]*", is_process),
+    "services": _named(r"port_\d{1,5}", lambda value: isinstance(value, bool)),
+    "agent": V1_AGENT.get,
+}
+
+
+def _v1_node(node: Node) -> dict[str, Any]:
+    return {
+        "node_id": node.node_id, "hostname": node.hostname, "ip": node.ip,
+        "role": node.role, "version": VERSION,
+    }
+
+
+def _v1_body(packed: bytes, node_id: str) -> dict[str, Any]:
+    neutral = _dict(unpack(packed))
+    body: dict[str, Any] = {"node_id": node_id, **_timestamp(neutral)}
+    for part, find in V1_PARTS.items():
+        values = {
+            name: value for name, value in _dict(neutral.get(part)).items()
+            if (fits := find(name)) and fits(value)
+        }
+        if values or part == "system":
+            body[part] = values
+    return body
+
+
+# README's wire contract: Bearer key, snake_case, samples as gzip JSON.
+V1 = Dialect(
+    headers=lambda key: {"Authorization": f"Bearer {key}", "Content-Type": "application/json"},
+    node=_v1_node,
+    body=_v1_body,
+    signs=(
+        Sign((401,), b"x-api-key", Fate.KEPT, OTHER_DIALECT.format("tinomail-monitor")),
+        Sign((400, 415), b"fst_err_ctp_", Fate.KEPT, OTHER_DIALECT.format("tinomail-monitor")),
+    ),
+    is_gzip=True,
+    confirms_id=True,
+)
+
+
+# Our name for it -> that dialect's, and what it can hold.
+MONITOR_SYSTEM: dict[str, tuple[str, Fits]] = {
+    "cpu_percent": ("cpuPercent", PERCENT),
+    "ram_used_percent": ("ramPercent", PERCENT),
+    "ram_used_bytes": ("ramUsedBytes", COUNT),
+    "disk_used_percent": ("diskPercent", PERCENT),
+    "disk_free_bytes": ("diskFreeBytes", COUNT),
+    "disk_read_bytes_sec": ("diskReadBytesSec", COUNT),
+    "disk_write_bytes_sec": ("diskWriteBytesSec", COUNT),
+    "net_rx_bytes_sec": ("netRxBytesSec", COUNT),
+    "net_tx_bytes_sec": ("netTxBytesSec", COUNT),
+    "net_rx_errors": ("netRxErrors", COUNT),
+    "net_tx_errors": ("netTxErrors", COUNT),
+    "tcp_established": ("tcpEstablished", INT4),
+    "tcp_time_wait": ("tcpTimeWait", INT4),
+    "open_files": ("openFiles", INT4),
+}
+# No others: a name that it does not know might cost the whole sample.
+MONITOR_NAMES = {
+    "zonemta": "zone-mta", "wildduck": "wildduck", "haraka": "haraka", "rspamd": "rspamd",
+    "redis": "redis-server", "mongodb": "mongod",
+}
+
+
+def _monitor_node(node: Node) -> dict[str, Any]:
+    metadata = {
+        "agentVersion": VERSION, "platform": sys.platform, "arch": platform.machine(),
+        "detectedServices": [name for name in node.services if name in SERVICES],
+    }
+    with contextlib.suppress(OSError):
+        system = platform.freedesktop_os_release()  # os-release(5)
+        metadata |= {"distro": system["NAME"], "release": system.get("VERSION_ID", "rolling")}
+    return {
+        "nodeId": node.node_id, "hostname": node.hostname, "role": node.role,
+        "ipAddress": node.ip.partition("%")[0],  # fe80::1%eth0
+        "metadata": metadata,
+    }
+
+
+def _monitor_body(packed: bytes, node_id: str) -> dict[str, Any]:
+    neutral = _dict(unpack(packed))
+    system, role = _dict(neutral.get("system")), str(neutral.get("role"))
+    body: dict[str, Any] = {
+        "nodeId": node_id, "nodeRole": role if role in ROLE_PORTS else "unknown",
+        **_timestamp(neutral),
+    }
+    for ours, (theirs, fits) in MONITOR_SYSTEM.items():
+        if fits(system.get(ours)):
+            body[theirs] = system[ours]
+    if LOADS(system.get("load_avg")):
+        body |= zip(("load1m", "load5m", "load15m"), system["load_avg"])
+    processes = [
+        {"name": MONITOR_NAMES[name], "running": process["status"] == "running",
+         "cpuPercent": process["cpu_percent"], "memoryMB": process["memory_mb"],
+         **({"pid": process["pid"]} if process["pid"] else {})}
+        for name, process in _dict(neutral.get("processes")).items()
+        if name in MONITOR_NAMES and is_process(process)
+    ]
+    # The node counts as alive only with processes, but where none could be read, "not running"
+    # would be a lie: the rest of the sample is posted without them.
+    return {**body, "processes": processes} if processes else body
+
+
+# TinoMail Monitor as it is deployed: x-api-key, camelCase, never gzip, never null. It takes
+# samples of nodes that it does not know, so that a 404 never asks for a registration.
+MONITOR = Dialect(
+    headers=lambda key: {"x-api-key": key, "Content-Type": "application/json"},
+    node=_monitor_node,
+    body=_monitor_body,
+    signs=(
+        Sign((401,), b"", Fate.KEPT,
+             "the dashboard does not accept API_KEY: set the key that it gave out; "
+             "if it is that one, " + OTHER_DIALECT.format("v1")),
+        Sign((403,), b'"blocked"', Fate.KEPT, "the dashboard blocks this node: unblock it there"),
+        Sign((404,), b"", Fate.KEPT, "no such address: is DASHBOARD_URL right?"),
+    ),
+    is_gzip=False,
+    confirms_id=False,
+)
 
 
 def _json(body: Mapping[str, Any]) -> bytes:
     return json.dumps(body, separators=(",", ":"), allow_nan=False).encode()
 
 
-DIALECTS = {"v1": V1}
+DIALECTS = {"v1": V1, "tinomail-monitor": MONITOR}
+
+
+def node_of(config: Config, sample: Sample, ip: str) -> Node:
+    """Say who registers: this machine, with what it ran in that sample."""
+    processes = _dict(_dict(unpack(sample.packed)).get("processes"))
+    found = tuple(name for name, process in processes.items() if FOUND(process))
+    hostname = _printable(socket.gethostname())[:255]
+    return Node(config.node_id, hostname, ip, sample.role, found)
 
 
 # --- the way to the dashboard -------------------------------------------------------------
@@ -2201,16 +2442,6 @@ def _decoded(body: bytes, headers: Mapping[str, str]) -> bytes:
 # --- what an answer leads to --------------------------------------------------------------
 
 
-class Fate(Enum):
-    """What becomes of a sample after an answer."""
-
-    DELIVERED = "delivered"
-    RETRY = "tried again after a pause, then kept"
-    KEPT = "kept; tried again at the next heartbeat"
-    REGISTER = "kept; the node registers and tries once more"
-    REFUSED = "refused for good, if the dashboard took others lately; else kept"
-
-
 STATUS_FATES = {
     400: Fate.REFUSED,
     404: Fate.REGISTER,
@@ -2242,8 +2473,8 @@ class Verdict:
         return f"{self.problem}: {self.detail}" if self.detail else self.problem
 
 
-def judge(answer: Answer, key: str) -> Verdict:
-    """Return the verdict on the answer to a sample."""
+def judge(answer: Answer, key: str, signs: tuple[Sign, ...] = ()) -> Verdict:
+    """Return the verdict on the answer to a sample; a dialect's signs come before the tables."""
     status = answer.status
     if status == 0:
         return Verdict(Fate.RETRY, 0, answer.reason)
@@ -2256,6 +2487,9 @@ def judge(answer: Answer, key: str) -> Verdict:
             said = excerpt(answer.body, key)
             return Verdict(Fate.KEPT, status, f"answered {status} without success", said)
         return Verdict(Fate.DELIVERED, status)
+    for sign in signs:
+        if status in sign.statuses and sign.holds in answer.body.lower():
+            return Verdict(sign.fate, status, f"answered {status}", sign.advice)
     fate = STATUS_FATES.get(status, Fate.RETRY if 500 <= status < 600 else Fate.KEPT)
     if 300 <= status < 400:
         where = excerpt(answer.location.encode("utf-8", "replace"), key)
@@ -2469,7 +2703,7 @@ class Sender:
         self.progress = self._clock()  # a name server may take its time, here and in the post
         if self._registered and (ip is None or self._registered == (newest.role, ip)):
             return True
-        verdict = self._register(newest.role, ip)
+        verdict = self._register(newest, ip)
         if verdict.fate is Fate.DELIVERED:
             return True
         if self._node_id is None or verdict.status == 0:
@@ -2478,19 +2712,18 @@ class Sender:
         self._say_once(f"cannot register again: {verdict.problem}", verdict.detail)
         return True  # under the id that was confirmed before
 
-    def _register(self, role: str, ip: str | None) -> Verdict:
-        key = self._config.api_key
+    def _register(self, sample: Sample, ip: str | None) -> Verdict:
+        key, role = self._config.api_key, sample.role
         if ip is None:
             problem = "there is no address of, or no route to, the dashboard"
             return Verdict(Fate.RETRY, 0, problem)
-        hostname = _printable(socket.gethostname())[:255]
-        node = Node(self._config.node_id, hostname, ip, role)
+        node = node_of(self._config, sample, ip)
         answer = self._transport.post(self._dialect.register(node, key))
         verdict = self._read(answer)
         if verdict.fate is not Fate.DELIVERED:
             problem = f"registration: {verdict.problem}"
             return dataclasses.replace(verdict, problem=problem)
-        confirmed = confirmed_id(answer.body) if answer.status < 300 else None
+        confirmed = self._dialect.confirmed_id(answer.body) if answer.status < 300 else None
         self._node_id = confirmed or self._config.node_id
         self._registered = (role, ip)
         shown = excerpt(self._node_id.encode("utf-8", "replace"), key)
@@ -2508,7 +2741,7 @@ class Sender:
             return False
         verdict = self._post(sample)
         if verdict.fate is Fate.REGISTER:
-            again = self._register(sample.role, self._transport.source_ip())
+            again = self._register(sample, self._transport.source_ip())
             if again.fate is Fate.DELIVERED:
                 verdict = self._post(sample)
             else:
@@ -2584,7 +2817,7 @@ class Sender:
 
     def _read(self, answer: Answer) -> Verdict:
         """Judge an answer, and note what else it tells: when to ask again, and the time there."""
-        verdict = judge(answer, self._config.api_key)
+        verdict = judge(answer, self._config.api_key, self._dialect.signs)
         if verdict.fate is Fate.RETRY:
             self._quiet_until = self._clock() + self._spread(retry_after_s(answer, self._now()))
         self.progress = self._clock()
@@ -2942,8 +3175,8 @@ def take_sample(config: Config) -> tuple[Sample, dict[str, float]]:
 
 def run_once(config: Config) -> int:
     sample, _ = take_sample(config)
-    request = DIALECTS[config.dashboard_api].sample(sample.packed, config.node_id, "")
-    print(json.dumps(json.loads(gzip.decompress(request.body)), indent=2))
+    body = DIALECTS[config.dashboard_api].body(sample.packed, config.node_id)
+    print(json.dumps(body, indent=2))
     return 0
 
 
@@ -2968,15 +3201,16 @@ def run_check(config: Config) -> int:
     if ip is None:
         print("\ndashboard: FAILED: there is no address of, or no route to, the dashboard")
         return 1
-    node = Node(config.node_id, socket.gethostname()[:255], ip, sample.role)
-    answer = transport.post(DIALECTS[config.dashboard_api].register(node, config.api_key))
-    verdict = judge(answer, config.api_key)
+    dialect = DIALECTS[config.dashboard_api]
+    answer = transport.post(dialect.register(node_of(config, sample, ip), config.api_key))
+    verdict = judge(answer, config.api_key, dialect.signs)
+    print(f"\ndialect: DASHBOARD_API={config.dashboard_api}")
     if verdict.fate is not Fate.DELIVERED:
-        print(f"\ndashboard: FAILED: {verdict}")
+        print(f"dashboard: FAILED: {verdict}")
         return 1
-    confirmed = confirmed_id(answer.body) or config.node_id
+    confirmed = dialect.confirmed_id(answer.body) or config.node_id
     node_id = excerpt(confirmed.encode("utf-8", "replace"), config.api_key)
-    print(f"\ndashboard: ok, registered as {node_id} (role {sample.role}, address {ip}) "
+    print(f"dashboard: ok, registered as {node_id} (role {sample.role}, address {ip}) "
           f"in {answer.took_s * 1000:.0f} ms")
     return 0
 

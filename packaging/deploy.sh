@@ -4,7 +4,8 @@
 #   packaging/deploy.sh BUNDLE HOST...      (make deploy HOSTS="mta-01 root@mta-02")
 #
 #   KEY_FILE=FILE       the dashboard's API key; it goes to install.sh by stdin
-#   INSTALL_ARGS="..."  for install.sh, e.g. --url https://monitor.example.com; none: an upgrade
+#   INSTALL_ARGS="..."  for install.sh, e.g. --url https://monitor.example.com --api v1;
+#                       none: an upgrade
 #   JOBS=8              nodes at once
 #   SSH_OPTIONS="..."   for ssh and scp
 #

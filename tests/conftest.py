@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from dashboard import Dashboard
+from dashboard import APIS, Dashboard
 
 import tinomail_agent as agent
 
@@ -122,21 +122,30 @@ sys.exit(a.Agent(config, os.environ).run())
 """
 
 
+@pytest.fixture(params=APIS)
+def api(request: pytest.FixtureRequest) -> str:
+    """Each dialect in turn: what asks for it, or for what speaks it, runs in all of them."""
+    return str(request.param)
+
+
+v1_only = pytest.mark.parametrize("api", ["v1"], indirect=True)
+
+
 @pytest.fixture
-def dashboard() -> Iterator[Dashboard]:
-    with Dashboard(KEY) as server:
+def dashboard(api: str) -> Iterator[Dashboard]:
+    with Dashboard(KEY, api=api) as server:
         yield server
 
 
 @pytest.fixture
-def start_agent(tmp_path: Path) -> Iterator[StartAgent]:
+def start_agent(tmp_path: Path, api: str) -> Iterator[StartAgent]:
     """Start agents; what still runs at the end is killed."""
-    with running_agents(tmp_path) as start:
+    with running_agents(tmp_path, api) as start:
         yield start
 
 
 @contextlib.contextmanager
-def running_agents(folder: Path) -> Iterator[StartAgent]:
+def running_agents(folder: Path, api: str = "v1") -> Iterator[StartAgent]:
     started: list[AgentProcess] = []
 
     def start(
@@ -147,6 +156,7 @@ def running_agents(folder: Path) -> Iterator[StartAgent]:
             "PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT), "DASHBOARD_URL": url,
             "API_KEY": KEY, "NODE_ID": "mta-01", "HEARTBEAT_INTERVAL": "1000",
             "NODE_ROLE": "haraka",  # auto would follow the daemons of the machine
+            "DASHBOARD_API": api,
             **settings,
         }
         if heartbeat_ms:

@@ -2,10 +2,12 @@
 """A stand-in dashboard: takes what the agent posts, checks it strictly, keeps it in SQLite.
 
     python tests/dashboard.py --port 8080 --key demo-key        # prints one line per sample
+    python tests/dashboard.py --api tinomail-monitor            # speaks the other dialect
 
 A person and the tests use the same server. It needs nothing but Python, listens on loopback,
-and holds the agent to README's wire contract: Bearer key, gzip, JSON, every field's type and
-range. A violation is answered 422 with the reason. A metric that is absent is stored as NULL.
+and holds the agent to README's wire contract of the dialect, every field's type and range
+included. v1 answers a violation 422 with the reason; tinomail-monitor 500 without a word, as
+the real one does (the reason is printed here). A metric that is absent is stored as NULL.
 
 It can be told to misbehave: --misbehave MODE, `Dashboard.fault = MODE`, or while it runs
 
@@ -18,6 +20,7 @@ import argparse
 import contextlib
 import email.utils
 import gzip
+import ipaddress
 import json
 import math
 import re
@@ -38,6 +41,7 @@ from typing import Any
 # --- the contract, field by field: a check returns what is wrong, or "" ----------------------
 
 Check = Callable[[Any], str]
+APIS = ("v1", "tinomail-monitor")
 GIVEN_UP_S = 120.0  # a fault that hangs does so for this long at most
 
 
@@ -198,6 +202,71 @@ NODE = record({
     "version": text(r"\d+\.\d+\.\d+.*"),
 })
 
+# The other dialect: what is wrong with a value is for our own eyes, it is answered 500.
+INT4, INT8 = 2**31 - 1, 2**63 - 1
+UNSIGNED = whole(0, 10**30)  # it leaves the rest to its database
+SQL_OUT_OF_RANGE = "22003"
+# Its name -> (the column of metrics_system, the check, the largest value of its column there).
+MONITOR_SYSTEM: dict[str, tuple[str, Check, int]] = {
+    "cpuPercent": ("cpu_percent", PERCENT, 100),
+    "ramPercent": ("ram_used_percent", PERCENT, 100),
+    "ramUsedBytes": ("ram_used_bytes", UNSIGNED, INT8),
+    "diskPercent": ("disk_used_percent", PERCENT, 100),
+    "diskFreeBytes": ("disk_free_bytes", UNSIGNED, INT8),
+    "diskReadBytesSec": ("disk_read_bytes_sec", UNSIGNED, INT8),
+    "diskWriteBytesSec": ("disk_write_bytes_sec", UNSIGNED, INT8),
+    "netRxBytesSec": ("net_rx_bytes_sec", UNSIGNED, INT8),
+    "netTxBytesSec": ("net_tx_bytes_sec", UNSIGNED, INT8),
+    "netRxErrors": ("net_rx_errors", UNSIGNED, INT8),
+    "netTxErrors": ("net_tx_errors", UNSIGNED, INT8),
+    "tcpEstablished": ("tcp_established", UNSIGNED, INT4),
+    "tcpTimeWait": ("tcp_time_wait", UNSIGNED, INT4),
+    "openFiles": ("open_files", UNSIGNED, INT4),
+}
+MONITOR_PROCESS = record(
+    {
+        "name": text("zone-mta|wildduck|haraka|rspamd|redis-server|mongod"),
+        "running": boolean,
+    },
+    {"pid": whole(1), "cpuPercent": number(0), "memoryMB": number(0)},
+)
+MONITOR_SAMPLE = record(
+    {
+        "nodeId": text(".{1,100}"),
+        "nodeRole": text(".{1,50}"),
+        "timestamp": text(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d+)?Z"),
+    },
+    {
+        **{name: check for name, (_, check, _) in MONITOR_SYSTEM.items()},
+        **dict.fromkeys(("load1m", "load5m", "load15m"), number(0)),
+        "processes": list_of(MONITOR_PROCESS),
+    },
+)
+
+
+def ip_address(value: Any) -> str:
+    try:
+        ipaddress.ip_address(value if isinstance(value, str) and "%" not in value else "")
+    except ValueError:
+        return "is no IP address"
+    return ""
+
+
+NAME = text(r"\S.*")
+MONITOR_NODE = record({
+    "nodeId": text(".{1,100}"),
+    "hostname": text(".{1,255}"),
+    "ipAddress": ip_address,
+    "role": text(".{1,50}"),
+    "metadata": record(
+        {"agentVersion": text(r"\d+\.\d+\.\d+.*")},
+        {**dict.fromkeys(("platform", "distro", "release", "arch"), NAME),
+         "detectedServices": list_of(text("zonemta|wildduck|haraka|rspamd|redis|mongodb"))},
+    ),
+})
+BODY_LIMIT_BYTES = 1024 * 1024
+POSTS_PER_MINUTE = 1000  # for each address
+
 
 # --- faults ----------------------------------------------------------------------------------
 
@@ -293,6 +362,14 @@ class Post:
     status: int  # 0: no answer was given
 
 
+def refusal(code: str, message: str) -> dict[str, Any]:
+    return {"success": False, "error": {"code": code, "message": message}}
+
+
+PATHS = ("/api/v1/nodes", "/api/v1/metrics/system")
+TOO_MANY = refusal("RATE_LIMIT_EXCEEDED", "Too many requests, please try again later")
+
+
 class Handler(BaseHTTPRequestHandler):
     server: Dashboard
     protocol_version = "HTTP/1.1"
@@ -309,6 +386,7 @@ class Handler(BaseHTTPRequestHandler):
                 self.server.fault = mode
             return
         body, problem = self.server.decode(self.headers, raw)
+        limits = self.server.count_post(self.client_address[0])
         mode = self.server.fault_for(self.path)
         if mode in RAW:
             self.note(raw, body, 0)
@@ -321,9 +399,12 @@ class Handler(BaseHTTPRequestHandler):
             mode = "500" if poisoned else "off"
         if mode in ANSWERS:
             status, headers, content = ANSWERS[mode]()
+        elif "retry-after" in limits and self.path in PATHS:
+            status, headers, content = 429, limits, json.dumps(TOO_MANY).encode()
         else:
             status, reply = self.server.take(self.path, self.headers, body, problem)
             headers, content = {}, json.dumps(reply).encode()
+        headers = {**headers, **{k: v for k, v in limits.items() if k != "retry-after"}}
         self.note(raw, body, status)
         self.answer(status, content, headers)
 
@@ -366,8 +447,14 @@ class Dashboard(ThreadingHTTPServer):
         host: str = "127.0.0.1",
         echo: bool = False,
         keep_alive: bool = True,
+        api: str = "v1",
     ) -> None:
         self.key = key
+        self.api = api
+        self.blocked: set[str] = set()  # node ids, in tinomail-monitor
+        self.complaints: list[str] = []  # why it answered 500
+        self.posts_per_minute = POSTS_PER_MINUTE
+        self._windows: dict[str, tuple[float, int]] = {}  # address -> (its start, posts in it)
         self.echo = echo
         self.keep_alive = keep_alive
         self.tls: ssl.SSLContext | None = None
@@ -387,9 +474,10 @@ class Dashboard(ThreadingHTTPServer):
         columns = ", ".join(SYSTEM)
         self._db.executescript(
             "CREATE TABLE IF NOT EXISTS nodes (node_id TEXT PRIMARY KEY, hostname TEXT, ip TEXT,"
-            " role TEXT, version TEXT, registrations INTEGER);"
+            " role TEXT, version TEXT, registrations INTEGER, metadata TEXT, last_seen TEXT);"
             f"CREATE TABLE IF NOT EXISTS metrics_system (node_id TEXT, timestamp TEXT, {columns},"
-            " processes, services, agent, PRIMARY KEY (node_id, timestamp));"
+            " processes, services, agent, role TEXT"
+            + (", PRIMARY KEY (node_id, timestamp));" if api == "v1" else ");")
         )
         if ":" in host:
             self.address_family = socket.AF_INET6
@@ -503,8 +591,26 @@ class Dashboard(ThreadingHTTPServer):
             return None, str(error)
         return value, ""
 
+    def count_post(self, address: str) -> Headers:
+        """Count a post; return the headers that tell of the limit, retry-after if it is over."""
+        if self.api == "v1":
+            return {}
+        now = time.monotonic()
+        with self._lock:
+            start, count = self._windows.get(address, (now, 0))
+            if now - start >= 60:
+                start, count = now, 0
+            self._windows[address] = start, count + 1
+        left_s = str(math.ceil(start + 60 - now))
+        over = {"retry-after": left_s} if count >= self.posts_per_minute else {}
+        left = max(0, self.posts_per_minute - count - 1)
+        return {**over, "x-ratelimit-limit": str(self.posts_per_minute),
+                "x-ratelimit-remaining": str(left), "x-ratelimit-reset": left_s}
+
     def take(self, path: str, headers: Any, body: Any, problem: str) -> tuple[int, Any]:
         """Return the (status, answer) of an honest dashboard."""
+        if self.api != "v1":
+            return self._take_as_monitor(path, headers, body, problem)
         if headers.get("Authorization") != f"Bearer {self.key}":
             return 401, {"success": False, "error": "unknown key"}
         if headers.get("Content-Type") != "application/json":
@@ -521,12 +627,96 @@ class Dashboard(ThreadingHTTPServer):
             return self._take_sample(body)
         return 404, {"success": False, "error": "no such address"}
 
+    # - the dialect tinomail-monitor, as measured on the running backend
+
+    def _take_as_monitor(
+        self, path: str, headers: Any, body: Any, problem: str
+    ) -> tuple[int, Any]:
+        takers = dict(zip(PATHS, (self._take_monitor_node, self._take_monitor_sample)))
+        if path not in takers:  # with a slash at its end, too
+            return 404, refusal("NOT_FOUND", f"Route POST:{path} not found")
+        if "x-api-key" not in headers:
+            return 401, refusal("UNAUTHORIZED", "Missing x-api-key header")
+        if headers["x-api-key"] != self.key:
+            return 401, refusal("UNAUTHORIZED", "Invalid API key")
+        if headers.get("Content-Type") != "application/json":
+            return 415, refusal("FST_ERR_CTP_INVALID_MEDIA_TYPE", "Unsupported Media Type")
+        if int(headers.get("Content-Length", "0")) > BODY_LIMIT_BYTES:
+            return 413, refusal("FST_ERR_CTP_BODY_TOO_LARGE", "Request body is too large")
+        if "Content-Encoding" in headers:
+            return 400, refusal("FST_ERR_CTP_INVALID_CONTENT_LENGTH",
+                                "Request body size did not match Content-Length")
+        if problem:
+            return 400, refusal("BAD_REQUEST", "malformed JSON")
+        code, complaint = takers[path](body)
+        if complaint:
+            self.complaints.append(complaint)
+            self._say(f"REFUSED: {complaint}")
+        if code == "BLOCKED":
+            return 403, refusal(code, "This node is blocked")
+        if code:
+            return 500, refusal(code, "Internal server error")
+        if path.endswith("/nodes"):
+            return 201, {"success": True, "data": {"id": body["nodeId"], "status": "active"}}
+        return 201, {"success": True, "data": {"received": True}}
+
+    def _take_monitor_node(self, node: Any) -> tuple[str, str]:
+        """Return (the code of an error, what is wrong); both are "" for what it takes."""
+        if bad := MONITOR_NODE(node):
+            return "INTERNAL_SERVER_ERROR", f"node{bad}"
+        if node["nodeId"] in self.blocked:
+            return "BLOCKED", ""
+        with self._lock, self._db:
+            self._db.execute(
+                "INSERT INTO nodes VALUES (:nodeId, :hostname, :ipAddress, :role, :version, 1,"
+                " :metadata, NULL) ON CONFLICT (node_id) DO UPDATE SET hostname = :hostname,"
+                " ip = :ipAddress, role = :role, version = :version, metadata = :metadata,"
+                " registrations = registrations + 1",
+                {**node, "version": node["metadata"]["agentVersion"],
+                 "metadata": json.dumps(node["metadata"])},
+            )
+        self._say(f"registered {node['nodeId']} ({node['role']}, {node['ipAddress']})")
+        return "", ""
+
+    def _take_monitor_sample(self, sample: Any) -> tuple[str, str]:
+        if bad := MONITOR_SAMPLE(sample):
+            return "INTERNAL_SERVER_ERROR", f"sample{bad}"
+        row = {"node_id": sample["nodeId"], "timestamp": sample["timestamp"],
+               "role": sample["nodeRole"]}
+        for name, (column, _, largest) in MONITOR_SYSTEM.items():
+            if sample.get(name, 0) > largest:
+                return SQL_OUT_OF_RANGE, f"sample.{name} is out of range for its column"
+            row[column] = sample.get(name)
+        row["load_avg"] = json.dumps([sample.get(f"load{m}m") for m in (1, 5, 15)])
+        processes = sample.get("processes")
+        row["processes"] = json.dumps(processes) if processes else None
+        names = ", ".join(row)
+        places = ", ".join(f":{name}" for name in row)
+        with self._lock, self._db:
+            self._db.execute(f"INSERT INTO metrics_system ({names}) VALUES ({places})", row)
+            if processes:  # or else the node does not count as alive
+                self._db.execute(
+                    "UPDATE nodes SET last_seen = ?, metadata = json_patch(metadata, ?)"
+                    " WHERE node_id = ?",
+                    (sample["timestamp"], json.dumps({"processes": processes}), sample["nodeId"]),
+                )
+        running = [process["name"] for process in processes or () if process["running"]]
+        self._say(
+            f"{sample['nodeId']} {sample['timestamp']} cpu {sample.get('cpuPercent')} % "
+            f"ram {sample.get('ramPercent')} % disk {sample.get('diskPercent')} % "
+            f"net {sample.get('netRxBytesSec')}/{sample.get('netTxBytesSec')} B/s "
+            f"tcp {sample.get('tcpEstablished')} running: {', '.join(running) or '-'}"
+        )
+        return "", ""
+
+    # - the dialect v1
+
     def _take_node(self, node: Any) -> tuple[int, Any]:
         if bad := NODE(node):
             return 422, {"success": False, "error": f"node{bad}"}
         with self._lock, self._db:
             self._db.execute(
-                "INSERT INTO nodes VALUES (:node_id, :hostname, :ip, :role, :version, 1)"
+                "INSERT INTO nodes VALUES (:node_id, :hostname, :ip, :role, :version, 1, '', NULL)"
                 " ON CONFLICT (node_id) DO UPDATE SET hostname = :hostname, ip = :ip,"
                 " role = :role, version = :version, registrations = registrations + 1",
                 node,
@@ -541,13 +731,15 @@ class Dashboard(ThreadingHTTPServer):
         if not self.query("SELECT 1 FROM nodes WHERE node_id = ?", sample["node_id"]):
             return 404, {"success": False, "error": "unknown node"}
         row: dict[str, Any] = {"node_id": sample["node_id"], "timestamp": sample["timestamp"]}
+        row["role"] = ""  # the other dialect's samples have one
         row |= {name: sample["system"].get(name) for name in SYSTEM}
         row |= {name: sample.get(name) for name in ("processes", "services", "agent")}
         values = {k: json.dumps(v) if isinstance(v, (dict, list)) else v for k, v in row.items()}
+        names = ", ".join(values)
         places = ", ".join(f":{name}" for name in values)
         try:
             with self._lock, self._db:
-                self._db.execute(f"INSERT INTO metrics_system VALUES ({places})", values)
+                self._db.execute(f"INSERT INTO metrics_system ({names}) VALUES ({places})", values)
         except sqlite3.IntegrityError:
             return 409, {"success": False, "error": "duplicate"}
         self._say_sample(sample)
@@ -589,6 +781,8 @@ def main() -> int:
     parser.add_argument("--port", type=int, default=8080)
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--key", default="demo-key")
+    parser.add_argument("--api", choices=APIS, default="v1",
+                        help="the dialect that it speaks")
     parser.add_argument("--db", default=":memory:", help="SQLite file; default: in memory")
     parser.add_argument("--tls", nargs=2, metavar=("CERT", "KEY"), help="serve HTTPS")
     parser.add_argument("--misbehave", choices=MODES, default="off")
@@ -596,6 +790,7 @@ def main() -> int:
     try:
         dashboard = Dashboard(
             options.key, options.port, db=options.db, host=options.host, echo=True,
+            api=options.api,
             tls=tuple(options.tls) if options.tls else None,
         )
     except OSError as error:
@@ -605,7 +800,7 @@ def main() -> int:
     signal.pthread_sigmask(signal.SIG_BLOCK, signals)
     with dashboard:
         dashboard.fault = options.misbehave
-        print(f"dashboard: listening at {dashboard.url}", flush=True)
+        print(f"dashboard: listening at {dashboard.url}, speaks {options.api}", flush=True)
         signal.sigwait(signals)
     print("dashboard: stopped", flush=True)
     return 0

@@ -38,7 +38,8 @@ def main() -> int:
     signal.signal(signal.SIGTERM, lambda *_: os.killpg(0, signal.SIGINT))
     restore = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731
     dashboard = subprocess.Popen(
-        [sys.executable, str(HERE / "dashboard.py"), "--port", str(port), "--key", key],
+        [sys.executable, str(HERE / "dashboard.py"), "--port", str(port), "--key", key,
+         "--api", options.api],
         stdout=subprocess.PIPE, text=True, preexec_fn=restore,
     )
     assert dashboard.stdout

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT
-from dashboard import SAMPLE, SYSTEM
+from dashboard import APIS, MONITOR_SAMPLE, MONITOR_SYSTEM, SAMPLE, SYSTEM
 
 import tinomail_agent as agent
 
@@ -47,12 +47,21 @@ def test_the_example_is_a_good_env_file(tmp_path: Path) -> None:
     assert agent.load_config({}, str(path)) == config
 
 
-def test_the_sample_of_readme_is_one() -> None:
-    [sample] = re.findall(r"```json\n(.*?)```", README, re.DOTALL)
+def test_the_samples_of_readme_are_some() -> None:
+    sample, other = re.findall(r"```json\n(.*?)```", README, re.DOTALL)
+    assert MONITOR_SAMPLE(json.loads(other)) == ""
+    assert set(MONITOR_SYSTEM) <= set(json.loads(other))
     value = json.loads(sample)
     assert SAMPLE(value) == ""
     assert set(value["system"]) == set(SYSTEM)
     assert value["agent"]["version"] == agent.VERSION
+
+
+def test_readme_tells_how_to_find_the_dialect() -> None:
+    section = README.split("## Which dashboard do I have?")[1].split("\n## ")[0]
+    for api in APIS:
+        assert f"DASHBOARD_API={api}" in section
+    assert "Missing x-api-key header" in section and "--check" in section
 
 
 def test_the_commands_of_readme_exist() -> None:
@@ -91,6 +100,7 @@ def test_readme_explains_every_log_line() -> None:
     "there is no address of, or no route to, the dashboard",
     "a web page answered; DASHBOARD_URL is not the dashboard's",
     *(words for words in agent.STATUS_ADVICE.values() if "API_KEY" in words or "forbids" in words),
+    *(sign.advice for dialect in agent.DIALECTS.values() for sign in dialect.signs),
 ])
 def test_readme_explains_every_reason(problem: str) -> None:
     source = (ROOT / "tinomail_agent.py").read_text()

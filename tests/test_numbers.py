@@ -16,7 +16,7 @@ from typing import Any
 
 import psutil
 import pytest
-from conftest import KEY, StartAgent, eventually, make_config
+from conftest import KEY, StartAgent, eventually, make_config, v1_only
 from dashboard import SYSTEM, Dashboard
 
 import tinomail_agent as agent
@@ -66,6 +66,7 @@ def test_no_metric_is_absent_on_this_machine(stored: dict[str, Any]) -> None:
     assert json.loads(stored["agent"])["collect_errors"] == 0
 
 
+@v1_only
 def test_the_first_sample_has_real_rates(
     dashboard: Dashboard, start_agent: StartAgent
 ) -> None:

@@ -201,11 +201,11 @@ class Box:
 
     # - the stand-in dashboard, inside the box
 
-    def start_dashboard(self) -> None:
+    def start_dashboard(self, options: str = "") -> None:
         self.push(ROOT / "tests/dashboard.py", "/opt/dashboard.py")
         self.write("/opt/run_dashboard.py", RUN_DASHBOARD)
         self.write("/root/key", KEY, "600")
-        self.sh("systemd-run -q --unit=dashboard python3 /opt/run_dashboard.py")
+        self.sh(f"systemd-run -q --unit=dashboard python3 /opt/run_dashboard.py {options}")
         self.sh("until [ -s /root/dashboard.db ]; do sleep 0.1; done")
         eventually(
             lambda: self.try_sh("exec 3<>/dev/tcp/127.0.0.1/8080")[0] == 0, what="the dashboard"
@@ -924,7 +924,8 @@ def test_deploy_says_a_line_for_each_node(
         return done.returncode, done.stdout, done.stderr
 
     code, lines, failed = deploy(
-        "gone good", KEY_FILE=str(tmp_path / "key"), INSTALL_ARGS="--url http://127.0.0.1:9"
+        "gone good", KEY_FILE=str(tmp_path / "key"),
+        INSTALL_ARGS="--url http://127.0.0.1:9 --api tinomail-monitor",
     )
     assert code == 1
     assert re.search(r"^good: ok: done: the agent is active\. WARNING", lines, re.M), lines
@@ -932,7 +933,9 @@ def test_deploy_says_a_line_for_each_node(
     assert len(lines.splitlines()) == 2
     assert failed.startswith("failed: gone ")
     settings, _ = agent.parse_env(by_apt.sh(f"cat {ENV_FILE}").encode())
-    assert settings == {"DASHBOARD_URL": "http://127.0.0.1:9", "API_KEY": KEY}
+    assert settings == {
+        "DASHBOARD_URL": "http://127.0.0.1:9", "API_KEY": KEY, "DASHBOARD_API": "tinomail-monitor",
+    }
     assert by_apt.sh("ls -d /tmp/tmp.* 2>/dev/null || :") == ""
     pid = by_apt.pid()
     assert deploy("good")[0] == 0  # an upgrade: settings are kept

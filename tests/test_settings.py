@@ -303,7 +303,8 @@ def test_the_key_is_in_no_output(
     elif fault == "hang-up":
         dashboard.fault = "reset"
     done = run(
-        "--check", DASHBOARD_URL=dashboard.url, API_KEY=KEY, LOG_LEVEL=level, NODE_ID="mta-01"
+        "--check", DASHBOARD_URL=dashboard.url, API_KEY=KEY, LOG_LEVEL=level, NODE_ID="mta-01",
+        DASHBOARD_API=dashboard.api,
     )
     assert done.returncode == (0 if fault == "off" else 1), done
     for spelling in (KEY, repr(KEY)[1:-1], KEY[:8]):

@@ -2734,6 +2734,7 @@ def run_check(config: Config) -> int:
         print(f"  {setting.name:<19} {describe_setting(setting, config)}")
     for warning in config.warnings:
         print(f"  warning: {warning}")
+    transport = Transport(config.dashboard_url, config.ca_bundle)  # its CAs are a part of the cost
     sample, cost = take_sample(config)
     print("\nsample")
     for line in describe_sample(unpack(sample.packed)):
@@ -2742,7 +2743,6 @@ def run_check(config: Config) -> int:
         f"\ncost: {cost['cpu_ms']:.1f} ms of CPU and {cost['wall_ms']:.0f} ms for this sample, "
         f"{cost['rss_mib']:.1f} MiB of memory"
     )
-    transport = Transport(config.dashboard_url, config.ca_bundle)
     ip = transport.source_ip()
     if ip is None:
         print("\ndashboard: FAILED: there is no address of, or no route to, the dashboard")

@@ -199,7 +199,9 @@ class Machine:
         self._started: list[subprocess.Popen[str]] = []
         authority = trustme.CA()
         self.ca, self.certificate = folder / "ca.pem", folder / "server.pem"
-        authority.cert_pem.write_to_path(str(self.ca))
+        with contextlib.suppress(FileNotFoundError):  # on a real node all its CAs are loaded
+            shutil.copy("/etc/ssl/certs/ca-certificates.crt", self.ca)
+        authority.cert_pem.write_to_path(str(self.ca), append=True)
         issued = authority.issue_cert("127.0.0.1", "localhost")
         issued.private_key_and_cert_chain_pem.write_to_path(str(self.certificate))
 

@@ -34,6 +34,9 @@ PYTHON = "/usr/bin/python3" if os.access("/usr/bin/python3", os.X_OK) else sys.e
 NOBODY = 65534
 LOAD_LIMIT_S = 1800  # a sleeper that nobody ends does so by itself
 ENDS_PER_PROCESS = 12_000
+# Program -> processes. Not the mail daemons' own names: other agents on this machine, and tests,
+# would take them for the real ones.
+WATCHED = {"bench-workers": 20, "bench-store": 1, "bench-cache": 1}
 LAUNCHER = """#!{python}
 import sys
 
@@ -137,6 +140,7 @@ class Agent:
         settings = {
             "DASHBOARD_URL": self.sink.url, "API_KEY": "k3yOfTheBench", "NODE_ID": "mta-01",
             "HEARTBEAT_INTERVAL": max(1000, heartbeat_ms), "CA_BUNDLE": machine.ca,
+            "WATCH_PROCESSES": ",".join(f"{name}={name}" for name in WATCHED),
         }
         lines = [f"{name}={value}\n" for name, value in settings.items()]
         (folder / "agent.env").write_text("".join(lines))
@@ -253,8 +257,8 @@ class Machine:
     # - load
 
     def add_processes(self, total: int) -> None:
-        """Fill the machine up to `total` processes: sleepers, 22 of them a mail service's."""
-        for name, count in (("rspamd", 20), ("redis-server", 1), ("mongod", 1)):
+        """Fill the machine up to `total` processes: sleepers, 22 of them of watched services."""
+        for name, count in WATCHED.items():
             link = self.folder / name
             if not link.exists():
                 link.symlink_to(shutil.which("sleep") or "/bin/sleep")

@@ -7,7 +7,7 @@ PORT ?= 8080
 PY := $(VENV)/bin/python
 VERSION = $(shell sed -n 's/^VERSION = "\(.*\)"/\1/p' tinomail_agent.py)
 
-.PHONY: run test unit lint dist deploy clean
+.PHONY: run test unit lint bench dist deploy clean
 
 # The stand-in dashboard and the agent, side by side on this machine; Ctrl-C ends both.
 # API=tinomail-monitor: both speak the other dialect.
@@ -22,6 +22,10 @@ unit: $(VENV)/.test
 lint: $(VENV)/.test
 	@$(VENV)/bin/ruff check .
 	@$(VENV)/bin/mypy
+
+# What the agent costs, against budgets, in ten minutes; QUICK=1: a rough look in two. Best as root.
+bench: $(VENV)/.test
+	@PYTHONPATH=tests:. $(PY) -m bench $(if $(QUICK),--quick)
 
 # The bundle for nodes: agent, installer and dependencies, for x86_64 and aarch64.
 dist: $(VENV)/bin/python

@@ -492,6 +492,10 @@ def parse_stat(data: bytes) -> ProcessStat:
     )
 
 
+def age_s(process: ProcessStat) -> float:
+    return time.clock_gettime(time.CLOCK_BOOTTIME) - process.start_ticks / CLOCK_TICKS
+
+
 def parse_rss(status: bytes) -> tuple[int, int]:
     """Return (anonymous, file and shared) resident KiB of /proc/PID/status; a zombie has none."""
     sizes = dict(re.findall(rb"^(RssAnon|RssFile|RssShmem):\s*(\d+)", status, re.MULTILINE))
@@ -988,8 +992,10 @@ class Known:
 
 # A "no" is looked at in each of the first samples, then in every LOOK_AGAINth, the processes
 # in turn: nothing is read of the others. It is asked again if its name has changed, as it does
-# with every title, and if it is Node's.
+# with every title, and if it is Node's. What ran for long before the agent has had its title
+# since then: looking at all of 2,000 eight times would be most of the agent's first minutes.
 LOOK_AGAIN = 8
+OLD_PROCESS_S = 120
 
 
 class ProcessTable:
@@ -1066,6 +1072,8 @@ class ProcessTable:
             is_same = known.comm == process.comm and process.comm not in NODE_COMMS
             if known.service or is_same:
                 return known if known.inode == inode else dataclasses.replace(known, inode=inode)
+        elif age_s(process) > OLD_PROCESS_S:
+            since -= LOOK_AGAIN
         folder = f"{self._proc}/{process.pid}"
         cgroup = os.fsdecode(read_bytes(f"{folder}/cgroup"))
         service = self._watched.get(process.comm) or classify(
@@ -1091,12 +1099,10 @@ class ProcessTable:
         pids = {p.pid for p in found}
         mains = [p for p in found if p.ppid not in pids] or found
         main = min(mains, key=lambda p: (p.start_ticks, p.pid))
-        uptime_ticks = time.clock_gettime(time.CLOCK_BOOTTIME) * CLOCK_TICKS
         used = 0
         for process in found:
-            age_s = (uptime_ticks - process.start_ticks) / CLOCK_TICKS
             # One that started since the last reading used all its time since then.
-            base = 0 if age_s < seconds else process.cpu_ticks
+            base = 0 if age_s(process) < seconds else process.cpu_ticks
             used += process.cpu_ticks - before.get((process.pid, process.start_ticks), base)
         return {
             "status": "stopped" if main.state in "TtZXx" else "running",
@@ -1140,10 +1146,11 @@ class ProcessTable:
         """Return (anonymous, mapped) KiB of a cgroup, None if it is not these pids' alone."""
         try:
             folder, keys = memory_cgroup(cgroup, self._cgroup_root)
-            inside = set(map(int, read_bytes(f"{folder}/cgroup.procs").split()))
             with os.scandir(folder) as entries:
-                nested = any(entry.is_dir() for entry in entries)
-            if not inside or not inside <= pids or nested:
+                if any(entry.is_dir() for entry in entries):
+                    return None  # first: in the root's, all processes would be listed
+            inside = set(map(int, read_bytes(f"{folder}/cgroup.procs").split()))
+            if not inside or not inside <= pids:
                 return None
             rows = (line.split() for line in read_bytes(f"{folder}/memory.stat").splitlines())
             stat = {row[0]: int(row[1]) for row in rows if row[0] in keys}
@@ -3188,6 +3195,7 @@ def run_check(config: Config) -> int:
         print(f"  {setting.name:<19} {describe_setting(setting, config)}")
     for warning in config.warnings:
         print(f"  warning: {warning}")
+    transport = Transport(config.dashboard_url, config.ca_bundle)  # its CAs are a part of the cost
     sample, cost = take_sample(config)
     print("\nsample")
     for line in describe_sample(unpack(sample.packed)):
@@ -3196,7 +3204,6 @@ def run_check(config: Config) -> int:
         f"\ncost: {cost['cpu_ms']:.1f} ms of CPU and {cost['wall_ms']:.0f} ms for this sample, "
         f"{cost['rss_mib']:.1f} MiB of memory"
     )
-    transport = Transport(config.dashboard_url, config.ca_bundle)
     ip = transport.source_ip()
     if ip is None:
         print("\ndashboard: FAILED: there is no address of, or no route to, the dashboard")

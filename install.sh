@@ -17,7 +17,8 @@
 #                    take its settings, stop it, and put it back if the new agent fails
 #
 # Settings are in /etc/tinomail-agent/agent.env (root only) and may also be written there before.
-# Exit codes: 0 the agent is active; 1 failed, and what was there before is back;
+# Exit codes: 0 the agent is active; 1 failed, and what was there before is back (but a first
+# installation stays, and is active, when all that is wrong is the key that the dashboard refuses);
 # 2 wrong usage; 78 wrong settings, and nothing was changed.
 set -euo pipefail
 umask 077
@@ -32,6 +33,7 @@ STATE=/var/lib/private/tinomail-agent
 UNIT_FILE=/etc/systemd/system/$UNIT
 ETC=/etc/tinomail-agent
 ENV_FILE=$ETC/agent.env
+BROUGHT=$ETC/packages  # what apt installed for the agent's sake
 ACTIVE_WITHIN=30  # seconds
 NODE_AGENT=/opt/tinomail-agent  # the Node.js agent, which has a unit of the same name
 KEPT=$NODE_AGENT/old-unit       # its unit and drop-ins, once it has been replaced
@@ -79,6 +81,10 @@ read_options() {
 # ---------------------------------------------------------------- what must hold
 
 check_machine() {
+    # Python takes modules from where it is started: never from a folder that others can write to.
+    case $key_file in ''|-) ;; *) key_file=$(realpath -m "$key_file") ;; esac
+    case $python in */*) python=$(realpath -sm "$python") ;; esac
+    cd /
     [ "$(id -u)" = 0 ] || die "must be run as root: sudo $0 ..."
     [ -d /run/systemd/system ] || die "this machine does not run systemd, which starts the agent"
     # Two at once would take each other's files for their own.
@@ -245,7 +251,7 @@ install_packages() {
         tr -d '\r' <"$new/apt.log" |
             sed -n 's/^Selecting previously unselected package \(.*\)\.$/\1/p'
     )
-    [ ${#fresh[@]} = 0 ] || printf '%s\n' "${fresh[@]}" >>"$new/packages"
+    [ ${#fresh[@]} = 0 ] || { mkdir -pm 755 "$ETC"; printf '%s\n' "${fresh[@]}" >>"$BROUGHT"; }
     rm "$new/apt.log"
 }
 
@@ -268,7 +274,6 @@ build_new() {
     for file in tinomail_agent.py "$UNIT" install.sh README.md LICENSE agent.env.example; do
         cp "$here/$file" "$new/"
     done
-    [ ! -e "$DEST/packages" ] || cp "$DEST/packages" "$new/"
     add_dependencies
     # A script is compiled at every start, a module is not: hence the launcher.
     cat >"$new/tinomail-agent" <<LAUNCHER
@@ -491,7 +496,11 @@ clean_up() {
     trap '' INT TERM HUP PIPE  # a second Ctrl-C must not cut this
     set +e
     [ $placed = no ] || put_back >&2
-    if [ $proved = no ] && [ ${#fresh[@]} -gt 0 ]; then dpkg --purge "${fresh[@]}" >/dev/null 2>&1; fi
+    if [ $proved = no ] && [ ${#fresh[@]} -gt 0 ]; then
+        dpkg --purge "${fresh[@]}" >/dev/null 2>&1
+        sed -i "$(printf '/^%s$/d;' "${fresh[@]}")" "$BROUGHT"
+        [ -s "$BROUGHT" ] || rm -f "$BROUGHT"
+    fi
     rm -rf "$new" "$ENV_FILE.new" "$UNIT_FILE.old" "$ENV_FILE.old"
     rmdir "$ETC" 2>/dev/null
 }
@@ -568,7 +577,7 @@ do_uninstall() {
     local packages=()
     if is_node_agent; then die "$UNIT_FILE is the Node.js agent's. Nothing was changed."; fi
     check_foreign_unit
-    [ ! -s "$DEST/packages" ] || mapfile -t packages <"$DEST/packages"
+    [ ! -s "$BROUGHT" ] || mapfile -t packages <"$BROUGHT"
     if [ $purge = yes ]; then
         systemctl -q stop "$UNIT" 2>/dev/null || :
         # /var/lib/private/tinomail-agent, and the link to it

@@ -208,6 +208,8 @@ def _watched(text: str) -> tuple[tuple[str, str], ...]:
             raise ValueError("must be name=program pairs, with commas; names in lower case")
         if found[1] in SERVICES:
             raise ValueError(f"{found[1]} is reported anyway; take another name")
+        if found[2] in SERVICE_COMMS:
+            raise ValueError(f"{found[2]} is reported anyway, as {SERVICE_COMMS[found[2]]}")
         pairs.append((found[1], found[2][:15]))  # the kernel cuts comm to 15 bytes
     return tuple(pairs)
 
@@ -345,15 +347,21 @@ class Config:
         return self.heartbeat_interval / 1000
 
 
+AGENT_MIB = 34  # what the agent needs, its buffer aside
+BUFFERED_SAMPLE_BYTES = 2560  # of a large machine, with what Python needs for it
+DEAD_AFTER_MS = 45_000  # the dashboard's three heartbeats of 15 s
 KNOWN_NAMES = frozenset(setting.name for setting in SETTINGS)
 NEWLINE = re.compile(r"\r\n|\n|\r")
+
+
+SERVICE_ENV_FILE = "/etc/tinomail-agent/agent.env"  # LoadCredential= of the unit
 
 
 def find_env_file(option: str | None, environ: Mapping[str, str]) -> str:
     """Return the env file to read ("" if there is none): --env-file, credential, ./, /etc."""
     if option is not None:
         return option
-    places = ["./.agent.env", "/etc/tinomail-agent/agent.env"]
+    places = ["./.agent.env", SERVICE_ENV_FILE]
     if "CREDENTIALS_DIRECTORY" in environ:  # systemd.exec(5), LoadCredential=
         places.insert(0, os.path.join(environ["CREDENTIALS_DIRECTORY"], "agent.env"))
     return next((place for place in places if os.path.lexists(place)), "")
@@ -420,7 +428,12 @@ def load_config(
     With need_dashboard=False, DASHBOARD_URL and API_KEY may be missing (then "").
     """
     path = find_env_file(env_file, environ)
+    if not need_dashboard and env_file is None and not os.access(path, os.R_OK):
+        path = ""  # the service's, which is root's: a sample can be shown without it
     from_file, problems, warnings = read_env_file(path) if path else ({}, [], [])
+    if path == os.path.join(environ.get("CREDENTIALS_DIRECTORY", "/"), "agent.env"):
+        # systemd's copy of it, which is gone when we are
+        problems = [problem.replace(path, SERVICE_ENV_FILE, 1) for problem in problems]
     unread = bool(problems) and not from_file
     values: dict[str, Any] = {}
     for setting in SETTINGS:
@@ -440,15 +453,43 @@ def load_config(
             problems.append(
                 f"{setting.name}: {error} (example: {setting.name}={setting.example})"
             )
-    url, allow_http = values.get("dashboard_url", ""), values.get("allow_http", True)
-    if url.startswith("http://") and not allow_http and not _is_loopback(urlsplit(url).hostname):
-        problems.append(
-            "DASHBOARD_URL: http:// would send the key in clear text; "
-            "use https://, or set ALLOW_HTTP=true if the network is your own"
-        )
+    problems += _contradictions(values)
+    if not problems:
+        warnings += _second_thoughts(values)
     if problems:
         raise SettingsError(problems)
     return Config(**values, env_file=path, warnings=tuple(warnings))
+
+
+def _contradictions(values: Mapping[str, Any]) -> list[str]:
+    """Return what each setting allows by itself, but not together with another."""
+    found = []
+    url, allow_http = values.get("dashboard_url", ""), values.get("allow_http", True)
+    if url.startswith("http://") and not allow_http and not _is_loopback(urlsplit(url).hostname):
+        found.append(
+            "DASHBOARD_URL: http:// would send the key in clear text; "
+            "use https://, or set ALLOW_HTTP=true if the network is your own"
+        )
+    limit_mib = values.get("memory_limit_mb", 64)
+    most = (limit_mib - AGENT_MIB) * MIB // BUFFERED_SAMPLE_BYTES
+    if values.get("buffer_size", 0) > most:
+        found.append(
+            f"BUFFER_SIZE: more than {most} samples do not fit under MEMORY_LIMIT_MB={limit_mib} "
+            "(example: BUFFER_SIZE=1000)"
+        )
+    return found
+
+
+def _second_thoughts(values: Mapping[str, Any]) -> list[str]:
+    """Return what is allowed, but seldom meant."""
+    found = []
+    if values["node_id"].split(".")[0] == "localhost":
+        found.append("NODE_ID: this node reports as localhost: set NODE_ID, or its host name")
+    if values["heartbeat_interval"] > DEAD_AFTER_MS:
+        found.append(
+            f"HEARTBEAT_INTERVAL: the dashboard takes a node for dead after {DEAD_AFTER_MS} ms"
+        )
+    return found
 
 
 def _is_loopback(host: str | None) -> bool:
@@ -599,6 +640,15 @@ def parse_diskstats(data: bytes) -> dict[str, tuple[int, int]]:
     """Return device -> (bytes read, bytes written) of /proc/diskstats, in 512-byte sectors."""
     rows = (line.split() for line in data.decode("ascii", "replace").splitlines())
     return {row[2]: (int(row[5]) * 512, int(row[9]) * 512) for row in rows if len(row) > 9}
+
+
+def parse_ranges(text: bytes) -> list[int]:
+    """Return the numbers in a list of sysfs' like 0-3,6."""
+    numbers: list[int] = []
+    for part in text.decode("ascii", "replace").strip().split(","):
+        first, _, last = part.partition("-")
+        numbers += range(int(first), min(int(last or first), 2**16) + 1)
+    return numbers
 
 
 def rate(
@@ -1076,14 +1126,14 @@ class ProcessTable:
             since -= LOOK_AGAIN
         folder = f"{self._proc}/{process.pid}"
         cgroup = os.fsdecode(read_bytes(f"{folder}/cgroup"))
-        service = self._watched.get(process.comm) or classify(
+        service = classify(
             process.comm,
             read_bytes(f"{folder}/cmdline", CMDLINE_LIMIT_BYTES),
             exe=read_link(f"{folder}/exe"),
             cwd=read_link(f"{folder}/cwd"),
             cgroup=cgroup,
             state=process.state,
-        )
+        ) or self._watched.get(process.comm)
         kept = cgroup if service else ""
         return Known(process.start_ticks, process.comm, service, kept, inode, since)
 
@@ -1330,8 +1380,17 @@ class Collector:
         times = psutil.cpu_times(percpu=True)
         _, before = self._change.since("cpu", times)
         total, cores = cpu_shares(before, times)
-        rows = [{"core": i, "percent": p} for i, p in enumerate(cores) if p is not None]
+        numbers = self._online_cores(len(cores))
+        rows = [{"core": n, "percent": p} for n, p in zip(numbers, cores) if p is not None]
         return {"cpu_percent": total, "cpu_cores": rows or None}
+
+    def _online_cores(self, count: int) -> Iterable[int]:
+        """Return the numbers of the cores that psutil lists; it leaves out those that are off."""
+        try:
+            numbers = parse_ranges(read_bytes(f"{self._sys}/devices/system/cpu/online"))
+        except (OSError, ValueError):
+            return range(count)
+        return numbers if len(numbers) == count else range(count)
 
     def _read_memory(self) -> dict[str, Any]:
         memory = psutil.virtual_memory()
@@ -1453,7 +1512,10 @@ class Collector:
             return hardware
         others = [name for name in present if name != "lo"]
         # ... but a tunnel may be the only way out of a container
-        return [name for name in others if not _is_upper(f"{base}/{name}")] or others
+        lower = [name for name in others if not _is_upper(f"{base}/{name}")] or others
+        # What goes through a bridge's port, to a container say, came in by another interface,
+        # unless all are in bridges.
+        return [name for name in lower if not os.path.exists(f"{base}/{name}/master")] or lower
 
     def _read_load(self) -> dict[str, Any]:
         return {"load_avg": [round(load, 2) for load in os.getloadavg()]}
@@ -1695,55 +1757,59 @@ class Buffer:
         self._lock = threading.Lock()
         self._ring: dict[int, Sample] = {}  # by seq, oldest first
         self._bare: set[int] = set()  # those of the ring that nobody has begun to mirror
+        self._leftover: set[int] = set()  # those that left the ring, but whose file is still there
         self._in_flight: int | None = None
         self._is_mirroring = True  # False: the disk failed, which was said
         self._sampled = self._loaded = self._delivered = self._refused = self._dropped = 0
+        self.last_seq = 0  # of the samples of before
         self._load()
 
     def _load(self) -> None:
         try:
             samples, aside = self._state.load() if self._state else ([], 0)
         except OSError as error:
+            # What is there will be loaded in another life: its numbers are not to be used again.
+            self.last_seq = time.time_ns() // 1_000_000
             self._mirror_failed(error)
             return
         self._loaded = len(samples)
         for sample in samples:
             self._add(sample)
+            self.last_seq = sample.seq
         self._bare.clear()
-        for sample in samples[: self._dropped]:
-            self._unmirror(sample.seq)
+        self._leftover.update(sample.seq for sample in samples[: self._dropped])
+        self.mirror(only_remove=True)
         if samples:
-            log.info("%d samples of before are waiting", len(self._ring))
+            log.info("samples of before that wait: %d", len(self._ring))
+        if self._dropped:
+            log.warning("samples of before that BUFFER_SIZE did not hold: %d", self._dropped)
         if aside:
-            log.warning("%d torn or foreign files in STATE_DIRECTORY were put aside", aside)
-
-    @property
-    def last_seq(self) -> int:
-        """The number of the newest sample that waits, 0 without one."""
-        with self._lock:
-            return next(reversed(self._ring), 0)
+            log.warning("torn or foreign files in STATE_DIRECTORY, put aside: %d", aside)
 
     def put(self, sample: Sample) -> None:
         """Add a sample, newer than all others. While others wait it is mirrored at once."""
         with self._lock:
             is_behind = bool(self._ring)
             self._sampled += 1
-            dropped = self._add(sample)
-        self._unmirror(dropped)
+            self._add(sample)
         if is_behind:
             self.mirror()
         self._news.put(sample.seq)
 
-    def _add(self, sample: Sample) -> int | None:
-        """Add to the ring; return the seq of the sample that had to leave it."""
+    def _add(self, sample: Sample) -> None:
         self._ring[sample.seq] = sample
         self._bare.add(sample.seq)
-        if len(self._ring) <= self._size:
-            return None
-        oldest = next(seq for seq in self._ring if seq != self._in_flight)
-        del self._ring[oldest]
-        self._dropped += 1
-        return oldest
+        if len(self._ring) > self._size:
+            self._leave(next(seq for seq in self._ring if seq != self._in_flight))
+            self._dropped += 1
+
+    def _leave(self, seq: int) -> None:
+        """Take a sample out of the ring, and note whether it leaves a file behind."""
+        del self._ring[seq]
+        if seq in self._bare:
+            self._bare.discard(seq)
+        else:
+            self._leftover.add(seq)
 
     def close(self) -> None:
         """Say that no more samples will come; ends a wait() that is under way."""
@@ -1754,6 +1820,8 @@ class Buffer:
         """Block until a sample comes, close() is called, or the time is over."""
         with contextlib.suppress(queue.Empty):
             self._news.get(timeout=max(0.0, timeout_s))
+            while True:  # those that came meanwhile are no news any more
+                self._news.get_nowait()
 
     def counters(self) -> Counters:
         with self._lock:
@@ -1787,47 +1855,45 @@ class Buffer:
             seq, self._in_flight = self._in_flight, None
             if seq is None or not (delivered or refused):
                 return
-            del self._ring[seq]
+            self._leave(seq)
             self._delivered += delivered
             self._refused += refused
-        self._unmirror(seq)
+        self.mirror(only_remove=True)
 
-    def mirror(self) -> None:
-        """Write what waits and is not on disk yet. A disk that fails costs the mirror only."""
-        if self._state is None:
+    def mirror(self, *, only_remove: bool = False) -> None:
+        """Remove the files of what left the ring, and write what waits and is not on disk yet.
+
+        A disk that fails costs the mirror only; what it did not do is tried again the next time.
+        """
+        with self._lock:  # what is taken out of these sets is ours to do
+            left, self._leftover = self._leftover, set()
+            todo: list[Sample] = []
+            if not only_remove:
+                todo = [self._ring[seq] for seq in sorted(self._bare)]
+                self._bare.clear()
+        if self._state is None or not (left or todo):
             return
-        with self._lock:  # what is taken out of `bare` is ours to write
-            todo = [self._ring[seq] for seq in sorted(self._bare)]
-            self._bare.clear()
-        while todo:
-            try:
+        try:
+            while left:
+                self._state.remove(min(left))
+                left.remove(min(left))
+            while todo:
                 self._state.write(todo[0])
-            except OSError as error:
-                self._mirror_failed(error)
-                break
-            seq = todo.pop(0).seq
-            with self._lock:
-                is_gone = seq not in self._ring  # it left while we wrote
-            if is_gone:
-                self._unmirror(seq)
-            if not self._is_mirroring:
-                self._is_mirroring = True
-                log.info("what waits is kept on disk again")
+                sample = todo.pop(0)
+                with self._lock:
+                    is_gone = sample.seq not in self._ring  # it left while we wrote
+                if is_gone:
+                    left.add(sample.seq)
+                    self._state.remove(sample.seq)
+                    left.discard(sample.seq)
+                if not self._is_mirroring:
+                    self._is_mirroring = True
+                    log.info("what waits is kept on disk again")
+        except OSError as error:
+            self._mirror_failed(error)
         with self._lock:
+            self._leftover |= left
             self._bare.update(sample.seq for sample in todo if sample.seq in self._ring)
-
-    def _unmirror(self, seq: int | None) -> None:
-        """Remove the file of a sample that left the ring, if it has one."""
-        if self._state is None or seq is None:
-            return
-        with self._lock:
-            was_bare = seq in self._bare
-            self._bare.discard(seq)
-        if not was_bare:
-            try:
-                self._state.remove(seq)
-            except OSError as error:
-                self._mirror_failed(error)
 
     def _mirror_failed(self, error: OSError) -> None:
         if self._is_mirroring:
@@ -2460,6 +2526,7 @@ STATUS_FATES = {
     425: Fate.RETRY,
     429: Fate.RETRY,
 }
+OVERLOADED = (502, 503, 504)
 STATUS_ADVICE = {
     401: "the dashboard does not accept API_KEY: set the key that it gave out",
     403: "the dashboard forbids it: look there for a blocked key or node",
@@ -2619,6 +2686,7 @@ class Sender:
         self._jitter = jitter
         self._node_id: str | None = None  # as confirmed; None: not registered yet
         self._registered: tuple[str, str] | None = None  # the role and IP it was done with
+        self._register_after = -math.inf  # Retry-After of the last try
         self._told = ""  # what was logged of it
         self._tried_seq = 0  # the newest sample that was there at the last attempt
         self._failures = 0  # of heartbeats, in a row
@@ -2629,7 +2697,7 @@ class Sender:
         self._quiet_until = -math.inf  # Retry-After
         self._down_since: float | None = None
         self._said: set[str] = set()  # in this outage
-        self._dropped_before = 0  # what was told of
+        self._dropped_before = buffer.counters().dropped  # what was told of
         self._last_delivery = -math.inf
         self._clock_said = False
         self.clock_offset_s: int | None = None
@@ -2710,14 +2778,16 @@ class Sender:
         self.progress = self._clock()  # a name server may take its time, here and in the post
         if self._registered and (ip is None or self._registered == (newest.role, ip)):
             return True
+        if self._clock() < self._register_after:
+            return self._node_id is not None
         verdict = self._register(newest, ip)
         if verdict.fate is Fate.DELIVERED:
             return True
-        if self._node_id is None or verdict.status == 0:
+        if self._node_id is None:
             self._trouble(verdict)
             return False
         self._say_once(f"cannot register again: {verdict.problem}", verdict.detail)
-        return True  # under the id that was confirmed before
+        return True  # under the id that was confirmed before: the samples' own answers count
 
     def _register(self, sample: Sample, ip: str | None) -> Verdict:
         key, role = self._config.api_key, sample.role
@@ -2726,7 +2796,10 @@ class Sender:
             return Verdict(Fate.RETRY, 0, problem)
         node = node_of(self._config, sample, ip)
         answer = self._transport.post(self._dialect.register(node, key))
+        samples_after = self._quiet_until
         verdict = self._read(answer)
+        if self._node_id is not None:  # samples may go on
+            self._register_after, self._quiet_until = self._quiet_until, samples_after
         if verdict.fate is not Fate.DELIVERED:
             problem = f"registration: {verdict.problem}"
             return dataclasses.replace(verdict, problem=problem)
@@ -2747,7 +2820,7 @@ class Sender:
         if sample is None:
             return False
         verdict = self._post(sample)
-        if verdict.fate is Fate.REGISTER:
+        if verdict.fate is Fate.REGISTER and self._clock() >= self._register_after:
             again = self._register(sample, self._transport.source_ip())
             if again.fate is Fate.DELIVERED:
                 verdict = self._post(sample)
@@ -2767,7 +2840,7 @@ class Sender:
     def _drain(self) -> None:
         """Deliver up to 10 of the oldest per success; a new sample or the end of all ends it."""
         while self._drain_left and not self._buffer.is_closed and not self._has_fresh():
-            late = [s for s, tries in self._setbacks.items() if tries >= TRIES]
+            late = {seq for seq, tries in self._setbacks.items() if tries >= TRIES}
             sample = self._buffer.take_oldest(late)
             if sample is None:
                 self._drain_left = 0
@@ -2803,6 +2876,7 @@ class Sender:
         """Count a failed try; tell whether the dashboard will never take this sample.
 
         That is so when it answered 5xx five times, retries included, while it took others.
+        Of an overloaded server, or the one in front of it, 5xx says nothing about the sample.
         """
         if verdict.fate in (Fate.DELIVERED, Fate.REFUSED):
             return False
@@ -2812,7 +2886,8 @@ class Sender:
         self._setbacks[sample.seq] = tries
         while len(self._setbacks) > self._config.buffer_size:
             del self._setbacks[next(iter(self._setbacks))]
-        return verdict.status >= 500 and tries >= TRIES * REFUSALS_BY_5XX
+        is_of_the_sample = verdict.status >= 500 and verdict.status not in OVERLOADED
+        return is_of_the_sample and tries >= TRIES * REFUSALS_BY_5XX
 
     def _post(self, sample: Sample, limit_s: float = REQUEST_DEADLINE_S) -> Verdict:
         node_id = self._node_id or self._config.node_id
@@ -3066,7 +3141,7 @@ class Agent:
             rss_mib = own_rss_bytes() / MIB
         except OSError:
             return False  # out of file descriptors, say
-        too_large = rss_mib > self._config.memory_limit_mb
+        too_large = self._notifier.is_systemd and rss_mib > self._config.memory_limit_mb
         if too_large and not self._said_large:
             log.critical(
                 "%.0f MiB of memory are more than MEMORY_LIMIT_MB=%d: asking systemd for a restart",
@@ -3166,9 +3241,12 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+SERVICE_STATE = "/var/lib/tinomail-agent"  # StateDirectory= of the unit
+
+
 def take_sample(config: Config) -> tuple[Sample, dict[str, float]]:
-    """Take one sample with real rates; return it with what it cost."""
-    collector = Collector(config)
+    """Take one sample with real rates, in the role that the service has; return its cost too."""
+    collector = Collector(config, role=State(SERVICE_STATE).role())
     collector.prime()
     time.sleep(PRIME_S)
     wall, cpu = time.monotonic(), time.process_time()

@@ -175,6 +175,10 @@ def test_real_processes_are_found_and_measured(tmp_path: Path) -> None:
     try:
         assert real.stdout and real.stdout.readline()
         table = agent.ProcessTable("/proc", time.monotonic)
+        everything = table._list  # others of these names may run on this machine
+        table._list = lambda: [  # type: ignore[method-assign]
+            entry for entry in everything() if entry[0] in (real.pid, alike.pid)
+        ]
         table.read()
         time.sleep(1.0)
         found = table.read()["mongodb"]
@@ -621,3 +625,62 @@ def test_the_same_bytes_each_time() -> None:
     assert agent.V1.sample(packed, "mta-01", "k") == first
     assert b"mta-01" not in packed and not re.search(rb"node_id", json.dumps(
         agent.unpack(packed)).encode())
+
+
+# --- the names of cores, interfaces and services
+
+
+@pytest.mark.parametrize(
+    ("text", "numbers"),
+    [(b"0-3\n", [0, 1, 2, 3]), (b"0,2-3,7\n", [0, 2, 3, 7]), (b"0\n", [0])],
+)
+def test_ranges(text: bytes, numbers: list[int]) -> None:
+    assert agent.parse_ranges(text) == numbers
+
+
+def test_a_core_that_is_off_keeps_its_number(tmp_path: Path) -> None:
+    (tmp_path / "devices/system/cpu").mkdir(parents=True)
+    online = tmp_path / "devices/system/cpu/online"
+    collector = agent.Collector(make_config(), sys_root=str(tmp_path))
+    online.write_text("0,2-3\n")
+    assert list(collector._online_cores(3)) == [0, 2, 3]
+    assert list(collector._online_cores(2)) == [0, 1]  # a container that sees two of them
+    online.write_text("?\n")
+    assert list(collector._online_cores(3)) == [0, 1, 2]
+
+
+@pytest.mark.parametrize(
+    ("ports", "expected"),
+    [
+        (["vethx"], ["eth0"]),  # docker0 with a container, in a container whose way out is eth0
+        (["eth0", "vethx"], ["eth0", "vethx"]),  # all in a bridge: which one leads out is not seen
+        ([], ["eth0", "vethx"]),
+    ],
+)
+def test_the_port_of_a_bridge_is_not_counted_on_top(
+    ports: list[str], expected: list[str], tmp_path: Path
+) -> None:
+    for name in ("eth0", "vethx", "docker0", "lo"):
+        folder = tmp_path / "class/net" / name
+        folder.mkdir(parents=True)
+        (folder / "type").write_text("1\n")
+        (folder / "uevent").write_text("")
+    for name in ports:
+        (tmp_path / "class/net" / name / "master").mkdir()
+        (tmp_path / "class/net/docker0" / f"lower_{name}").mkdir()
+    if not ports:
+        (tmp_path / "class/net/docker0/lower_x").mkdir()
+    collector = agent.Collector(make_config(), sys_root=str(tmp_path))
+    assert collector._interfaces(dict.fromkeys(("lo", "eth0", "docker0", "vethx"))) == expected
+
+
+def test_a_watched_program_takes_nothing_from_the_mail_services(
+    proc: FakeProc, clock: FakeClock
+) -> None:
+    proc.add(70, "node", b"node\0/opt/wildduck/server.js\0")
+    proc.add(71, "node", b"node\0/opt/webmail/server.js\0")
+    table = agent.ProcessTable(str(proc.root), clock.monotonic, watched={"node": "webmail"})
+    found = table.read()
+    assert (found["wildduck"]["pid"], found["webmail"]["pid"]) == (70, 71)
+    with pytest.raises(agent.SettingsError, match="redis-server is reported anyway, as redis"):
+        make_config(watch_processes="cache=redis-server")

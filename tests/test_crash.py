@@ -41,11 +41,12 @@ every_thread = pytest.mark.parametrize("thread", THREADS)
 
 
 class Start:
-    def __init__(self, folder: Path, url: str) -> None:
+    def __init__(self, folder: Path, dashboard: Dashboard) -> None:
         self._folder = folder
         self._environ = {
-            "PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT), "DASHBOARD_URL": url,
-            "API_KEY": KEY, "NODE_ROLE": "haraka", "CHECK_PORTS": "1",
+            "PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT), "DASHBOARD_URL": dashboard.url,
+            "DASHBOARD_API": dashboard.api, "API_KEY": KEY, "NODE_ROLE": "haraka",
+            "CHECK_PORTS": "1",
         }
 
     def __call__(self, thread: str, times: int, **environ: str) -> AgentProcess:
@@ -60,7 +61,7 @@ class Start:
 def test_a_crash_is_logged_counted_and_survived(
     thread: str, tmp_path: Path, dashboard: Dashboard
 ) -> None:
-    process = Start(tmp_path, dashboard.url)(thread, 3)
+    process = Start(tmp_path, dashboard)(thread, 3)
     try:
         eventually(lambda: len(dashboard.stored()) >= 3)
         assert process.stop() == 0
@@ -82,7 +83,7 @@ def test_one_that_keeps_crashing_is_left_to_the_watchdog(
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notify:
         notify.bind(path)
         notify.settimeout(0.2)
-        process = Start(tmp_path, dashboard.url)(
+        process = Start(tmp_path, dashboard)(
             thread, 10**6, NOTIFY_SOCKET=path, WATCHDOG_USEC="1000000"
         )
         try:

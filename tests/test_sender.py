@@ -417,6 +417,27 @@ def test_samples_that_are_not_taken_do_not_block_the_others(
     assert len(said(caplog)) < 10
 
 
+@pytest.mark.parametrize("status", [502, 503, 504])
+def test_a_rate_limit_in_front_of_the_dashboard_is_no_verdict_on_samples(
+    status: int, site: Site
+) -> None:
+    """One request in 10 s gets through; all that wait do so in the end."""
+    site.beat()
+    site.answer = lambda request: NO_ANSWER
+    site.beat(8)
+    taken_at = [0.0]
+
+    def answer(request: agent.Request) -> Answer:
+        if site.clock.elapsed - taken_at[0] < 10:
+            return Answer(status)
+        taken_at[0] = site.clock.elapsed
+        return OK
+
+    site.answer = answer
+    site.beat(60)
+    assert site.counters.refused == site.counters.dropped == 0
+
+
 def test_a_dashboard_that_answers_only_every_third_request(site: Site) -> None:
     site.beat()
     site.answer = lambda request: NO_ANSWER
@@ -517,6 +538,18 @@ def test_a_new_address_registers_again(site: Site) -> None:
     site.beat(2)
     name = "ip" if site.api == "v1" else "ipAddress"
     assert [node[name] for node in site.nodes] == ["10.0.0.1", "10.0.0.2"]
+
+
+@pytest.mark.parametrize("answer", [NO_ANSWER, Answer(429, retry_after="100")])
+def test_a_registration_that_hangs_or_asks_to_wait_does_not_hold_up_samples(
+    answer: Answer, site: Site
+) -> None:
+    site.beat()
+    site.ip = "10.0.0.2"
+    site.registration = lambda: answer
+    site.beat(4)
+    assert site.counters.delivered == 5
+    assert len(site.nodes) == (2 if answer.status == 429 else 5)  # and is asked as it wants it
 
 
 def test_samples_go_on_when_a_later_registration_fails(

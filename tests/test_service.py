@@ -486,6 +486,9 @@ def test_from_a_checkout_by_apt_and_away_again(by_apt: Box) -> None:
     assert "WARNING: the dashboard did not take this node" in output
     assert box.is_active()
     assert box.sh("dpkg-query -W -f '${db:Status-Abbrev}' python3-psutil").startswith("ii")
+    # What apt brought leaves with --purge, even if the agent had left before.
+    box.install("--uninstall", "/root/checkout")
+    assert box.sh("dpkg-query -W -f '${db:Status-Abbrev}' python3-psutil").startswith("ii")
     box.install("--uninstall --purge", "/root/checkout")
     assert box.sh(listing) == before
 
@@ -753,6 +756,16 @@ def test_a_run_that_is_cut_off_is_not_taken_for_a_success(node: Box) -> None:
     assert node.sh(f"ls -d {DEST}.* {ENV_FILE}.* 2>/dev/null || :") == ""
 
 
+def test_the_installer_runs_nothing_from_the_folder_it_is_called_in(node: Box) -> None:
+    """In /tmp anybody may leave a psutil.py: it would run as root."""
+    trap = "open('/root/trapped', 'w')\n"
+    for module in ("psutil", "requests", "sdnotify", "compileall", "venv", "queue", "dotenv"):
+        node.write(f"/tmp/trap/{module}.py", trap)
+    node.sh("cp /root/key /tmp/trap/key; cd /tmp/trap; /root/bundle/install.sh --key-file key")
+    assert node.try_sh("ls /root/trapped")[0] != 0
+    node.sh("rm -r /tmp/trap")
+
+
 def test_anybody_may_not_block_the_installer(node: Box) -> None:
     node.sh("systemd-run -q -p User=daemon --unit=rude flock /usr/local/lib sleep 60")
     node.install()
@@ -975,7 +988,7 @@ def test_an_outage_in_hard_times_loses_no_sample(slow: dict[str, Future[Box]]) -
     assert len(taken) >= 20
     eventually(lambda: taken <= set(stored()), 60, "all that was taken", 1)
     log = box.journal()
-    for killer in ("Watchdog timeout", "status=9/KILL", "samples of before are waiting"):
+    for killer in ("Watchdog timeout", "status=9/KILL", "samples of before that wait"):
         assert killer in log
     assert box.sh("ls /var/lib/private/tinomail-agent/buffer") == ""
     assert "Traceback" not in log

@@ -360,3 +360,57 @@ def test_once_needs_no_dashboard() -> None:
     done = run("--once")
     assert done.returncode == 0, done.stderr
     assert '"cpu_percent"' in done.stdout
+
+
+def test_what_does_not_go_together() -> None:
+    """10,000 samples and the agent would be over the limit right after each start."""
+    with pytest.raises(agent.SettingsError) as error:
+        make_config(buffer_size=10_000, memory_limit_mb=48)
+    [problem] = error.value.problems
+    assert problem.startswith(
+        "BUFFER_SIZE: more than 5734 samples do not fit under MEMORY_LIMIT_MB=48"
+    )
+    assert make_config(buffer_size=5_734, memory_limit_mb=48).buffer_size == 5_734
+    assert make_config(buffer_size=10_000).buffer_size == 10_000
+
+
+def test_what_is_seldom_meant_is_a_warning() -> None:
+    config = make_config(node_id="localhost.localdomain", heartbeat_interval=60_000)
+    assert [warning.split(":")[0] for warning in config.warnings] == [
+        "NODE_ID", "HEARTBEAT_INTERVAL",
+    ]
+    assert make_config().warnings == ()
+
+
+def test_the_services_own_settings_are_not_needed_for_a_sample(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """An ordinary user cannot read them, and may want to see a sample all the same."""
+    path = tmp_path / "agent.env"
+    path.write_text("NODE_ID=from-file\n")
+    monkeypatch.setattr(agent, "SERVICE_ENV_FILE", str(path))
+    monkeypatch.chdir(tmp_path)
+    assert agent.load_config({}, need_dashboard=False).node_id == "from-file"
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    assert agent.load_config({"NODE_ID": "x"}, need_dashboard=False).node_id == "x"
+
+
+def test_the_credential_is_named_as_the_file_that_it_comes_from(tmp_path: Path) -> None:
+    (tmp_path / "agent.env").write_text("NODE_ROLL=redis\n")
+    with pytest.raises(agent.SettingsError) as error:
+        agent.load_config({"CREDENTIALS_DIRECTORY": str(tmp_path)})
+    assert error.value.problems[0].startswith("/etc/tinomail-agent/agent.env, line 1: ")
+    with pytest.raises(agent.SettingsError) as error:
+        agent.load_config({}, str(tmp_path / "agent.env"))
+    assert error.value.problems[0].startswith(f"{tmp_path}/agent.env, line 1: ")
+
+
+def test_check_reports_in_the_role_of_the_service(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """It registers: with the role of this very moment it would overwrite that of the service."""
+    agent.State(str(tmp_path)).remember_role("wildduck")
+    monkeypatch.setattr(agent, "SERVICE_STATE", str(tmp_path))
+    monkeypatch.setattr(agent, "PRIME_S", 0.01)
+    sample, _ = agent.take_sample(make_config())
+    assert sample.role == "wildduck"

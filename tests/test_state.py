@@ -11,6 +11,7 @@ import sys
 import tempfile
 import threading
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -162,6 +163,45 @@ def test_a_sample_that_is_delivered_while_it_is_written_leaves_nothing(folder: P
     assert on_disk(folder) == []
 
 
+def test_threads_that_fill_drain_and_mirror_at_once(folder: Path) -> None:
+    """Nothing is raised, and in the end the disk holds what the ring holds: nothing."""
+    buffer = Buffer(10, State(str(folder)))
+    crashes: list[BaseException] = []
+    is_over = threading.Event()
+
+    def guarded(work: Callable[[], None]) -> threading.Thread:
+        def run() -> None:
+            try:
+                while not is_over.is_set():
+                    work()
+            except BaseException as error:
+                crashes.append(error)
+
+        thread = threading.Thread(target=run)
+        thread.start()
+        return thread
+
+    def deliver() -> None:
+        if buffer.take_newest():
+            buffer.settle(delivered=True)
+
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        threads = [guarded(deliver), guarded(buffer.mirror)]
+        for seq in range(1, 3001):
+            buffer.put(sample(seq))
+    finally:
+        sys.setswitchinterval(before)
+        is_over.set()
+        for thread in threads:
+            thread.join(20)
+    while buffer.take_newest():
+        buffer.settle(delivered=True)
+    assert crashes == []
+    assert (on_disk(folder), buffer._bare, buffer._leftover) == ([], set(), set())
+
+
 # --- what the next life finds
 
 
@@ -171,7 +211,7 @@ def test_a_restart_goes_on_where_it_was(folder: Path, caplog: pytest.LogCaptureF
     first.beat(5)
     caplog.clear()
     second = Node(folder)
-    assert said(caplog) == ["5 samples of before are waiting"]
+    assert said(caplog) == ["samples of before that wait: 5"]
     assert second.counters == agent.Counters(0, 0, 0, 0, 5, loaded=5)
     second.beat()
     assert second.delivered == [stamp(n) for n in (6, 1, 2, 3, 4, 5)]
@@ -218,7 +258,7 @@ def test_what_is_no_sample_is_put_aside(
     (folder / "buffer/000000000002.sample").write_bytes(content)
     buffer = Buffer(10, State(str(folder)))
     assert seqs(buffer) == on_disk(folder) == [1, 3]
-    assert "1 torn or foreign files in STATE_DIRECTORY were put aside" in said(caplog)
+    assert "torn or foreign files in STATE_DIRECTORY, put aside: 1" in said(caplog)
     [aside] = (folder / "aside").iterdir()
     assert aside.read_bytes() == content
 
@@ -234,7 +274,7 @@ def test_foreign_files_are_put_aside(folder: Path, caplog: pytest.LogCaptureFixt
     (place / "000000000007.sample.new").write_bytes(GOOD[:9])  # we were killed while writing it
     buffer = Buffer(10, State(str(folder)))
     assert (seqs(buffer), list(place.iterdir())) == ([], [])
-    assert "5 torn or foreign files in STATE_DIRECTORY were put aside" in said(caplog)
+    assert "torn or foreign files in STATE_DIRECTORY, put aside: 5" in said(caplog)
 
 
 def test_what_is_put_aside_does_not_grow_for_ever(folder: Path) -> None:
@@ -267,6 +307,40 @@ def test_a_full_disk_costs_the_mirror_only(
         "what waits is kept in memory only: No space left on device",
         "what waits is kept on disk again",
     ]
+
+
+def test_a_file_that_could_not_be_removed_is_removed_later(folder: Path) -> None:
+    site = Node(folder)
+    site.answer = lambda request: NO_ANSWER
+    site.beat(3)
+    remove = site.state.remove
+
+    def is_read_only(seq: int) -> None:
+        raise OSError(30, "Read-only file system")
+
+    site.state.remove = is_read_only  # type: ignore[method-assign]
+    site.answer = lambda request: OK
+    site.beat()
+    assert (site.counters.waiting, on_disk(folder)) == (0, [1, 2, 3, 4])
+    site.state.remove = remove  # type: ignore[method-assign]
+    site.buffer.mirror()
+    assert on_disk(folder) == []
+
+
+def test_a_disk_that_could_not_be_read_loses_nothing_when_it_is_back(folder: Path) -> None:
+    first = Node(folder)
+    first.answer = lambda request: NO_ANSWER
+    first.beat(3)
+    (folder / "buffer").rename(folder / "away")
+    (folder / "buffer").write_text("")  # not a directory
+    second = Node(folder)
+    (folder / "buffer").unlink()
+    (folder / "away").rename(folder / "buffer")
+    second.answer = lambda request: NO_ANSWER
+    second.beat(number=4)
+    second.beat(number=5)
+    third = Node(folder)
+    assert third.counters.loaded == 5
 
 
 def test_a_file_that_cannot_be_written_as_a_whole_is_not_there(folder: Path) -> None:

@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from fleet import simulate
+
 import tinomail_agent as agent
 
 from . import procfs, sizes
@@ -263,7 +265,20 @@ def full_buffer(bench: Bench) -> Iterator[Row]:
     yield Row("full buffer of 100 in memory", "KiB", kib, 160, beside)
 
 
-# In this order. A measure that needs no machine (a simulation, say) is added here as well.
+# --- many nodes, simulated -----------------------------------------------------------------
+
+
+def fleet_returns(bench: Bench) -> Iterator[Row]:
+    """1,000 nodes whose dashboard was away for an hour; see fleet.py."""
+    found = simulate(1_000)
+    beside = {"peak": float(found.peak_per_s), "mean": found.mean_per_s}
+    yield Row("1,000 nodes drain after an hour: peak of requests in a second, over the mean", "x",
+              (found.peak_per_s / found.mean_per_s,), 2, beside=beside)
+    yield Row("... until all are drained", "s", (found.drained_after_s,), 900)
+    yield Row("... longest silence of a node", "s", (found.longest_silence_s,), 45)
+
+
+# In this order; the last needs no machine.
 MEASURES: tuple[Callable[[Bench], Iterator[Row]], ...] = (
-    start_and_stop, idle, idle_memory, loaded, bodies, full_buffer,
+    start_and_stop, idle, idle_memory, loaded, bodies, full_buffer, fleet_returns,
 )

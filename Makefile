@@ -16,8 +16,10 @@ run: $(VENV)/.run
 
 test: lint unit
 
+# First what compares this machine's numbers, with nothing beside it; then what mostly waits.
 unit: $(VENV)/.test
-	@$(PY) -m pytest
+	@$(PY) -m pytest -m "not service and not long"
+	@$(PY) -m pytest -m "service or long" -n 3 --dist loadfile
 
 lint: $(VENV)/.test
 	@$(VENV)/bin/ruff check .

@@ -60,6 +60,9 @@ cmd_build() {
     if [ -e "$root/.complete" ]; then say "cached: $root"; return 0; fi
     command -v mmdebstrap >/dev/null || die "mmdebstrap is missing (apt-get install mmdebstrap)"
     mkdir -p "$BOX_CACHE"
+    exec 8>"$root.lock"                    # two at once: the second finds it built
+    flock 8
+    if [ -e "$root/.complete" ]; then say "cached: $root"; return 0; fi
     tmp=$(mktemp -d "$root.XXXXXX")
     host_sources >"$tmp.sources"
     # Files of the host's own making in apt.conf.d (mirror quirks) go in too.

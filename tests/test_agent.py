@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
+import contextlib
 import os
 import re
 import signal
@@ -152,6 +152,27 @@ def assert_on_time(stamps: list[str], interval_s: float) -> None:
         assert taken - times[0] == pytest.approx(index * interval_s, abs=interval_s / 2)
 
 
+@v1_only
+def test_what_hangs_or_drips_delays_no_sample(start_agent: StartAgent) -> None:
+    """An attempt takes up to 10 s here, the agent's real deadline, and a heartbeat 1 s."""
+    modes = ("hang", "drip", "drip-headers")
+    with contextlib.ExitStack() as stack:
+        servers = [stack.enter_context(Dashboard(KEY)) for _ in modes]
+        processes = [start_agent(server.url) for server in servers]
+        for server, mode in zip(servers, modes):
+            eventually(partial(has_stored, server, 3))
+            server.fault = mode
+        time.sleep(8)
+        for server in servers:
+            server.fault = "off"
+        for server, process in zip(servers, processes):
+            eventually(partial(has_stored, server, 12), 30)
+            assert process.stop() == 0
+            counters = process.counters()
+            assert counters["delivered"] == counters["sampled"] == len(server.stored())
+            assert_on_time(sorted(server.stored()), 1.0)
+
+
 # --- every misbehaviour
 
 
@@ -257,10 +278,6 @@ def test_nothing_is_lost(mode: str, outcomes: dict[str, Outcome]) -> None:
     one = outcomes[mode]
     assert one.counters["sampled"] == one.counters["delivered"]
     assert len(one.stored) == len(set(one.stored)) == one.counters["sampled"]
-    # What hangs or drips never delays a sample: no gap in an outage of 12 heartbeats is longer
-    # than what twenty agents on one machine do to each other.
-    times = [epoch_s(stamp) for stamp in sorted(one.stored)]
-    assert max(b - a for a, b in itertools.pairwise(times)) < 4 * BEAT_S
 
 
 @pytest.mark.parametrize("mode", WARNS)

@@ -1256,6 +1256,14 @@ def find_role(processes: Mapping[str, Mapping[str, Any]], current: str) -> str:
     return current
 
 
+def log_crash(said: set[str], what: str) -> None:
+    """Log the exception that is being handled, once for each kind."""
+    kind = repr(sys.exc_info()[0])
+    if kind not in said:
+        said.add(kind)
+        log.exception("%s", what)
+
+
 class Collector:
     """Takes the samples; used by one thread only."""
 
@@ -1367,12 +1375,9 @@ class Collector:
             log.warning("%s", text)
 
     def crashed(self) -> None:
-        """Log the exception that is being handled, once for each kind, and count it."""
+        """Log the exception that is being handled, and count it."""
         self.collect_errors += 1
-        kind = repr(sys.exc_info()[0])
-        if kind not in self._said:
-            self._said.add(kind)
-            log.exception("a sample could not be taken; the next one will be tried")
+        log_crash(self._said, "a sample could not be taken; the next one will be tried")
 
     # - the readers: each returns fields of `system`, None for one that has no value
 
@@ -2714,19 +2719,12 @@ class Sender:
                 pause = self.flush(STOP_LIMIT_S - 0.5) if is_last else self.step()
                 self.progress = self._clock()
             except Exception:
-                self._crashed()
+                self.crashes += 1
+                log_crash(self._crashes_said, "the sender failed; it goes on with the next sample")
                 pause = SENDER_WAKE_S
             if is_last:
                 return
             self._buffer.wait(min(pause, SENDER_WAKE_S))
-
-    def _crashed(self) -> None:
-        """Log the exception that is being handled, once for each kind, and count it."""
-        self.crashes += 1
-        kind = repr(sys.exc_info()[0])
-        if kind not in self._crashes_said:
-            self._crashes_said.add(kind)
-            log.exception("the sender failed; it goes on with the next sample")
 
     def step(self) -> float:
         """Do what is due; return the seconds until something will be, a new sample aside."""

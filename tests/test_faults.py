@@ -178,6 +178,13 @@ class Scene:
             if post.path.endswith("/system") and post.status in (201, 409)
         )
 
+    def tell(self, name: str) -> None:
+        """Print the figures of a scene (pytest -s)."""
+        taken, arrived = set(self.taken()), self.arrivals()
+        print(f"\n{name}: {len(taken)} taken, {len(taken - set(arrived))} missing, "
+              f"{sum(arrived.values()) - len(arrived)} twice, {len(self.kills)} kills, "
+              f"{len(self.server.posts)} requests")
+
     def check(self, lost_answers: float) -> None:
         """All that was taken is there, and twice only where an answer was lost on the way."""
         taken, arrived = set(self.taken()), self.arrivals()
@@ -345,6 +352,7 @@ def scenes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Futur
 @pytest.mark.parametrize("name", [name for name in SCENES if name != "kill -9 while healthy"])
 def test_every_sample_is_delivered(name: str, scenes: dict[str, Future[Scene]]) -> None:
     scene = scenes[name].result(500)
+    scene.tell(name)
     scene.check(LOST_ANSWERS.get(name, 0))
 
 
@@ -352,6 +360,7 @@ def test_a_kill_of_a_healthy_agent_costs_what_was_under_way_at_most(
     scenes: dict[str, Future[Scene]],
 ) -> None:
     scene = scenes["kill -9 while healthy"].result(500)
+    scene.tell("kill -9 while healthy")
     taken, arrived = scene.taken(), scene.arrivals()
     assert len(scene.kills) == KILLS
     last = {life: stamp for stamp, life in taken.items()}

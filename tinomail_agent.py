@@ -732,6 +732,8 @@ UNIT = re.compile(r"/([^/@\n]+)(@[^/\n]*)?\.service(?=/|$)", re.MULTILINE)
 
 NODE_SERVICES = ("zonemta", "wildduck", "haraka")  # their processes share Node's program
 NODE_COMMS = frozenset(("node", "nodejs", "MainThread", "node-MainThread"))  # 22, 24 and 26
+# A "no" may become a "yes" with the same name: a title is set, a wrapper calls exec().
+ASKED_AGAIN = NODE_COMMS | SERVICE_COMMS.keys()
 NODE_PROGRAM = re.compile(r"(.*/)?node(js)?[\d.-]*( \(deleted\))?")
 NODE_TOOLS = re.compile(r"(npm|npx|pnpm|yarn|PM2)\b.*")
 NODE_OPTIONS_WITH_VALUE = frozenset(
@@ -1119,7 +1121,7 @@ class ProcessTable:
         since = self._round
         if known and known.start_ticks == process.start_ticks:
             since = known.since
-            is_same = known.comm == process.comm and process.comm not in NODE_COMMS
+            is_same = known.comm == process.comm and process.comm not in ASKED_AGAIN
             if known.service or is_same:
                 return known if known.inode == inode else dataclasses.replace(known, inode=inode)
         elif age_s(process) > OLD_PROCESS_S:
@@ -2128,7 +2130,7 @@ def _monitor_node(node: Node) -> dict[str, Any]:
         "agentVersion": VERSION, "platform": sys.platform, "arch": platform.machine(),
         "detectedServices": [name for name in node.services if name in SERVICES],
     }
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError, ValueError):  # none, or not UTF-8
         system = platform.freedesktop_os_release()  # os-release(5)
         metadata |= {"distro": system["NAME"], "release": system.get("VERSION_ID", "rolling")}
     return {
@@ -2698,6 +2700,7 @@ class Sender:
         self._failing_since = 0.0
         self._drain_left = 0  # how many of the oldest the last success lets through
         self._setbacks: dict[int, int] = {}  # seq -> failed tries, while others got through
+        self._refusals: dict[int, int] = {}  # of those, the ones that were a verdict on the sample
         self._next_try = math.inf  # inf: when a new sample comes
         self._quiet_until = -math.inf  # Retry-After
         self._down_since: float | None = None
@@ -2848,7 +2851,7 @@ class Sender:
             refused = verdict.fate is Fate.REFUSED or self._is_poison(sample, verdict)
             self._buffer.settle(delivered=delivered, refused=refused)
             if delivered or refused:
-                self._setbacks.pop(sample.seq, None)
+                self._forget_setbacks(sample.seq)
                 self._drain_left -= 1
             if refused:
                 self._say_refused(verdict)
@@ -2883,9 +2886,15 @@ class Sender:
             tries = max(tries, TRIES)  # no retries: it goes behind the others at once
         self._setbacks[sample.seq] = tries
         while len(self._setbacks) > self._config.buffer_size:
-            del self._setbacks[next(iter(self._setbacks))]
-        is_of_the_sample = verdict.status >= 500 and verdict.status not in OVERLOADED
-        return is_of_the_sample and tries >= TRIES * REFUSALS_BY_5XX
+            self._forget_setbacks(next(iter(self._setbacks)))
+        if verdict.status < 500 or verdict.status in OVERLOADED:
+            return False
+        self._refusals[sample.seq] = self._refusals.get(sample.seq, 0) + 1
+        return self._refusals[sample.seq] >= TRIES * REFUSALS_BY_5XX
+
+    def _forget_setbacks(self, seq: int) -> None:
+        self._setbacks.pop(seq, None)
+        self._refusals.pop(seq, None)
 
     def _post(self, sample: Sample, limit_s: float = REQUEST_DEADLINE_S) -> Verdict:
         node_id = self._node_id or self._config.node_id

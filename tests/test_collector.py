@@ -199,6 +199,18 @@ def test_real_processes_are_found_and_measured(tmp_path: Path) -> None:
     assert table.read()["mongodb"]["status"] == "not_found"
 
 
+def test_a_wrapper_that_becomes_the_daemon_under_the_same_name(
+    proc: FakeProc, clock: FakeClock
+) -> None:
+    """exec() keeps pid, start time and, if the script bears the daemon's name, comm."""
+    table = agent.ProcessTable(str(proc.root), clock.monotonic)
+    proc.add(70, "redis-server", b"/bin/bash\0/usr/local/bin/redis-server\0")
+    assert table.read()["redis"]["status"] == "not_found"
+    (proc.root / "70/cmdline").write_bytes(b"/usr/bin/redis-server 127.0.0.1:6379\0")
+    found = [table.read()["redis"]["status"] for _ in range(agent.LOOK_AGAIN)]
+    assert found[-1] == "running"
+
+
 def test_a_no_is_looked_at_now_and_then(proc: FakeProc, clock: FakeClock) -> None:
     """A process may call exec() at any time; of most, nothing is read in most samples."""
     table = agent.ProcessTable(str(proc.root), clock.monotonic)

@@ -438,6 +438,19 @@ def test_a_rate_limit_in_front_of_the_dashboard_is_no_verdict_on_samples(
     assert site.counters.refused == site.counters.dropped == 0
 
 
+@pytest.mark.parametrize("before", [NO_ANSWER, Answer(429), Answer(503), Answer(408)])
+def test_one_500_after_other_troubles_is_not_a_verdict(before: Answer, site: Site) -> None:
+    """Only what says no to the sample itself counts, not the failures before it."""
+    one = sample(7)
+    for _ in range(agent.TRIES * agent.REFUSALS_BY_5XX + 5):
+        assert not site.sender._is_poison(one, agent.judge(before, KEY))
+    boom = agent.judge(Answer(500), KEY)
+    verdicts = [
+        site.sender._is_poison(one, boom) for _ in range(agent.TRIES * agent.REFUSALS_BY_5XX)
+    ]
+    assert verdicts == [False] * (len(verdicts) - 1) + [True]
+
+
 def test_a_dashboard_that_answers_only_every_third_request(site: Site) -> None:
     site.beat()
     site.answer = lambda request: NO_ANSWER

@@ -82,7 +82,7 @@ read_options() {
 
 check_machine() {
     # Python takes modules from where it is started: never from a folder that others can write to.
-    case $key_file in ''|-) ;; *) key_file=$(realpath -m "$key_file") ;; esac
+    case $key_file in ''|-) ;; *) key_file=$(realpath -sm "$key_file") ;; esac
     case $python in */*) python=$(realpath -sm "$python") ;; esac
     cd /
     [ "$(id -u)" = 0 ] || die "must be run as root: sudo $0 ..."
@@ -129,6 +129,11 @@ check_node_agent() {
     is_node_agent || return 0
     [ -s "$NODE_AGENT/.env" ] ||
         die "$UNIT_FILE is the Node.js agent's, but $NODE_AGENT/.env is missing. Nothing was changed."
+    # Whose name would this node report under, if the unit says so and not the .env?
+    if [ -z "$node_id" ] && grep -qsh '^Environment=.*AGENT_' "$UNIT_FILE" "$UNIT_FILE.d"/*.conf; then
+        die "the old unit sets AGENT_... by Environment=: move these lines into $NODE_AGENT/.env, or give
+  --node-id and whatever else they set as options. Nothing was changed."
+    fi
     stops=$(say_what_would_stop)
     say "this node is reported by the Node.js agent in $NODE_AGENT. What would no longer be reported:"
     say "${stops:-  nothing that can be seen from here}"
@@ -154,28 +159,39 @@ put_node_agent_aside() {
 bring_back_node_agent() {
     [ -d "$KEPT.unproven" ] || return 0  # it was not touched
     systemctl -q stop "$UNIT" 2>/dev/null || :
-    rm -rf "$UNIT_FILE.d"
-    cp -p "$KEPT.unproven/$UNIT" "$UNIT_FILE"
-    [ ! -d "$KEPT.unproven/$UNIT.d" ] || cp -pR "$KEPT.unproven/$UNIT.d" "$UNIT_FILE.d"
-    rm -rf "$KEPT.unproven"
-    systemctl daemon-reload
+    if ! restore_node_unit; then
+        say "the Node.js agent's unit CANNOT be put back (is the disk full?): it is in $KEPT.unproven;"
+        say "make room, then run install.sh again, which puts it back first"
+        return 0
+    fi
+    systemctl daemon-reload || :
     systemctl -q reset-failed "$UNIT" 2>/dev/null || :
-    [ $was_enabled = no ] || systemctl -q enable "$UNIT"
+    [ $was_enabled = no ] || systemctl -q enable "$UNIT" || :
     if [ $was_active = no ]; then say "the Node.js agent is back; it was not active before"
     elif systemctl -q start "$UNIT"; then say "the Node.js agent is back and active"
     else say "the Node.js agent is back, but does not start: systemctl status $UNIT"
     fi
+    rm -rf "$KEPT.unproven"  # last: until here, another run would do all this again
+}
+
+restore_node_unit() {
+    rm -rf "$UNIT_FILE.d" "$UNIT_FILE.tmp"
+    cp -p "$KEPT.unproven/$UNIT" "$UNIT_FILE.tmp" && mv "$UNIT_FILE.tmp" "$UNIT_FILE" &&
+        { [ ! -d "$KEPT.unproven/$UNIT.d" ] || cp -pR "$KEPT.unproven/$UNIT.d" "$UNIT_FILE.d"; }
 }
 
 # An earlier run was cut off (power, SIGKILL) after it had stopped the Node.js agent.
 recover_node_agent() {
     [ -d "$KEPT.unproven" ] || return 0
-    # shellcheck disable=SC1091  # written above
-    . "$KEPT.unproven/state"
+    local state=$KEPT.unproven/state
+    if grep -qsx was_active=yes "$state"; then was_active=yes; fi
+    if grep -qsx was_enabled=yes "$state"; then was_enabled=yes; fi
+    if grep -qsx had=yes "$state"; then had=yes; fi
     [ $had = yes ] || rm -rf "$DEST" "$COMMAND"
     if [ -e "$ENV_FILE.old" ]; then mv "$ENV_FILE.old" "$ENV_FILE"; else rm -f "$ENV_FILE"; fi
     rm -f "$UNIT_FILE.old"
     bring_back_node_agent >&2
+    [ ! -d "$KEPT.unproven" ] || exit 1  # and it was said why
     had=no
 }
 
@@ -186,7 +202,7 @@ try_dashboard() {
     line=$(with_agent --check --env-file "$ENV_FILE.new" 2>&1 3<<<'import sys, tinomail_agent
 sys.exit(tinomail_agent.main())' | tail -1) || :
     case $line in
-        *'FAILED: answered '[34]*|*'web page'*|*certificate*|*TLS*)
+        'dashboard: FAILED: '*answered*|'dashboard: FAILED: '*certificate*|'dashboard: FAILED: TLS'*)
             die "${line#dashboard: }
   The Node.js agent goes on. Nothing was changed." ;;
     esac
@@ -251,7 +267,10 @@ install_packages() {
         tr -d '\r' <"$new/apt.log" |
             sed -n 's/^Selecting previously unselected package \(.*\)\.$/\1/p'
     )
-    [ ${#fresh[@]} = 0 ] || { mkdir -pm 755 "$ETC"; printf '%s\n' "${fresh[@]}" >>"$BROUGHT"; }
+    [ ${#fresh[@]} = 0 ] || mkdir -pm 755 "$ETC"
+    # Others come to rely on these without a word to dpkg: they stay.
+    [ ${#fresh[@]} = 0 ] || printf '%s\n' "${fresh[@]}" |
+        { grep -vxE 'ca-certificates|openssl' || :; } >>"$BROUGHT"
     rm "$new/apt.log"
 }
 
@@ -463,6 +482,11 @@ put_in_place() {
 start() { timeout "$ACTIVE_WITHIN" systemctl restart "$UNIT" 2>/dev/null && systemctl -q is-active "$UNIT"; }
 
 put_back() {
+    if [ $takeover = yes ] && [ ! -d "$KEPT.unproven" ]; then  # nothing has been moved yet
+        rm -rf "$KEPT.new"
+        say "The Node.js agent goes on. Nothing was changed."
+        return 0
+    fi
     if [ $had = no ] || [ $takeover = yes ]; then
         systemctl -q stop "$UNIT" 2>/dev/null
         [ $had_state = yes ] || systemctl clean --what=state "$UNIT" 2>/dev/null
@@ -540,7 +564,11 @@ do_install() {
     check=$(env -i PATH="$PATH" PYTHONNOUSERSITE=1 "$COMMAND" --check --env-file "$ENV_FILE" 2>&1) || :
     systemctl -q is-active "$UNIT" || failed "did not stay active"
     refusal=
-    case $(say "$check" | tail -1) in *'answered 401'*|*'answered 403'*) refusal=yes ;; esac
+    case $(say "$check" | tail -1) in
+        'dashboard: FAILED: answered 40'[13]*) refusal=yes ;;
+        # In a takeover, any answer that is not a yes: the old agent's were taken.
+        'dashboard: FAILED: '*answered*) refusal=$takeover; [ $takeover = yes ] || refusal= ;;
+    esac
     if [ -n "$refusal" ] && { [ $takeover = yes ] ||
         { [ -e "$ENV_FILE.old" ] && ! same "$ENV_FILE" "$ENV_FILE.old"; }; }; then
         die "the dashboard refuses the key, or this node, with these settings: they are not kept"
@@ -548,7 +576,7 @@ do_install() {
     proved=yes placed=no
     # $old means "unproven": it goes in one step.
     [ ! -e "$old" ] || { rm -rf "$new"; mv -T "$old" "$new"; }
-    [ $takeover = no ] || { rm -rf "$KEPT" "$KEPT.unproven/state"; mv -T "$KEPT.unproven" "$KEPT"; }
+    [ $takeover = no ] || { rm -rf "$KEPT"; mv -T "$KEPT.unproven" "$KEPT"; rm -f "$KEPT/state"; }
     say "$check"
     say
     say "last lines of its log (journalctl -u tinomail-agent):"

@@ -250,3 +250,52 @@ def test_without_its_settings_it_cannot_be_taken_over(node: Box) -> None:
     node.sh(f"rm {OLD}/.env")
     code, output = node.try_sh(f"{INSTALL} {FLAG}")
     assert (code, f"{OLD}/.env is missing. Nothing was changed." in output) == (1, True)
+
+
+# Stand-ins for cp; install.sh's PATH begins with /usr/local/sbin.
+NO_SPACE = """#!/bin/sh
+case "$*" in *{place}*) echo "cp: no space left on device" >&2; exit 1 ;; esac
+exec /bin/cp "$@"
+"""
+
+
+def test_a_disk_that_is_full_before_anything_was_moved(node: Box) -> None:
+    before, pid = state_of(node), node.pid()
+    node.write("/usr/local/sbin/cp", NO_SPACE.format(place="old-unit.new"), "755")
+    try:
+        code, output = node.try_sh(f"{INSTALL} {FLAG}")
+    finally:
+        node.sh("rm /usr/local/sbin/cp")
+    assert (code != 0, "The Node.js agent goes on" in output) == (True, True), output
+    assert (state_of(node), node.pid()) == (before, pid)
+
+
+def test_a_disk_that_is_full_when_the_old_agent_is_to_come_back(node: Box) -> None:
+    """Nothing of it is thrown away: the next run, with room again, puts it back."""
+    before = state_of(node)
+    break_agent(node)
+    node.write("/usr/local/sbin/cp", NO_SPACE.format(place=f"{UNIT}.tmp"), "755")
+    try:
+        code, output = node.try_sh(f"/root/broken/install.sh {FLAG}")
+        assert (code, "CANNOT be put back" in output) == (1, True), output
+        assert node.try_sh(INSTALL)[0] == 1  # still no room
+    finally:
+        node.sh("rm /usr/local/sbin/cp")
+    code, output = node.try_sh(INSTALL)
+    assert (code, "the Node.js agent is back and active" in output) == (1, True), output
+    assert state_of(node) == before
+
+
+def test_settings_in_the_unit_itself_are_not_overlooked(node: Box) -> None:
+    node.write(f"{UNIT_FILE}.d/id.conf", "[Service]\nEnvironment=AGENT_NODE_ID=mta-77\n")
+    node.sh("systemctl daemon-reload")
+    before = state_of(node)
+    code, output = node.try_sh(f"{INSTALL} {FLAG}")
+    assert (code, "the old unit sets AGENT_" in output) == (1, True), output
+    assert state_of(node) == before
+
+
+def test_a_name_is_no_verdict(node: Box) -> None:
+    """The last line of a good check holds the node's name."""
+    node.install(f"{FLAG} --node-id TLS-certificate-answered-401")
+    eventually(node.is_active, 10, "active")

@@ -1277,7 +1277,6 @@ class Collector:
         sys_root: str = "/sys",
         clock: Callable[[], float] = time.monotonic,
         now: Callable[[], float] = time.time,
-        count_sockets: Callable[..., TcpCensus] = count_tcp,
         agent_figures: Callable[[], dict[str, Any]] = dict,
         role: str = "unknown",
         first_seq: int = 1,
@@ -1290,7 +1289,7 @@ class Collector:
         self._now = now
         self._agent_figures = agent_figures
         self._change = Change(clock)
-        self._tcp = TcpCounter(proc, count_sockets)
+        self._tcp = TcpCounter(proc, count_tcp)
         watched = {comm: service for service, comm in config.watch_processes}
         self._processes = ProcessTable(
             proc, clock, cgroup_root=f"{sys_root}/fs/cgroup", watched=watched

@@ -96,1166 +96,193 @@ READ_ERRORS = (
 )
 
 
-# --- settings -----------------------------------------------------------------------------
+# --- the service -------------------------------------------------------------------------
 
 
-class SettingsError(Exception):
-    """Wrong settings; `problems` holds one line for each."""
+class Notifier:
+    """Speaks to systemd over its notify socket (sd_notify(3)); silent without one."""
 
-    def __init__(self, problems: list[str]) -> None:
-        super().__init__("\n".join(problems))
-        self.problems = problems
+    def __init__(self, environ: Mapping[str, str]) -> None:
+        self._socket = sdnotify.SystemdNotifier()
+        self.is_systemd = bool(environ.get("NOTIFY_SOCKET"))
+        ours = environ.get("WATCHDOG_PID", str(os.getpid())) == str(os.getpid())
+        micros = environ.get("WATCHDOG_USEC", "0") if ours else "0"
+        self.watchdog_s = int(micros) / 1e6 if micros.isdigit() else 0.0  # 0: no watchdog
 
-
-# Parts of 1 to 63 letters; urlsplit has lowered them and taken the brackets off an IPv6 address.
-HOST = re.compile(r"([a-z0-9_]([a-z0-9_-]{0,62})(\.|$))+|[0-9a-f]*:[0-9a-f:.]+")
-
-
-def _url(text: str) -> str:
-    if not text.isascii() or any(c <= " " or c == "\x7f" for c in text):
-        raise ValueError("holds a blank, a control character or a letter outside ASCII")
-    try:
-        parts = urlsplit(text)
-        port = parts.port
-    except ValueError:
-        raise ValueError("is not a URL: look at its port and brackets") from None
-    if "@" in parts.netloc:
-        raise ValueError("must not hold a user name or password; the key belongs in API_KEY")
-    if parts.scheme not in ("http", "https") or not parts.hostname or port == 0:
-        raise ValueError("must be https://, a host name and, if need be, a port and a path")
-    if "?" in text or "#" in text:
-        raise ValueError("must not hold '?' or '#'")
-    if not HOST.fullmatch(parts.hostname):
-        raise ValueError("must hold a host name, or an IP address ([..] around an IPv6 one)")
-    return parts.geturl().rstrip("/")  # with the scheme in lower case
+    def send(self, *lines: str) -> None:
+        if self.is_systemd:
+            self._socket.notify("\n".join(lines))
 
 
-def _key(text: str) -> str:
-    if not all("!" <= c <= "~" for c in text):
-        raise ValueError("must be visible ASCII without blanks or line breaks")
-    return text
+class Agent:
+    """The three threads: this one supervises, `collector` samples, `sender` delivers."""
 
+    SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
-def _node_id(text: str) -> str:
-    if not re.fullmatch(r"[A-Za-z0-9._:@-]{1,100}", text):
-        raise ValueError("must be 1 to 100 letters, digits or . _ : @ -")
-    return text
+    def __init__(self, config: Config, environ: Mapping[str, str]) -> None:
+        self._config = config
+        self._stop = threading.Event()
+        folder = environ.get("STATE_DIRECTORY", "").split(":")[0]  # systemd.exec(5)
+        self._state = State(folder) if folder else None
+        self._buffer = Buffer(config.buffer_size, self._state)
+        transport = Transport(config.dashboard_url, config.ca_bundle)
+        self._sender = Sender(config, self._buffer, transport)
+        self._role = self._state.role() if self._state else "unknown"  # as it is on disk
+        self._collector = Collector(
+            config, agent_figures=self._figures, role=self._role,
+            first_seq=self._buffer.last_seq + 1,
+        )
+        self._notifier = Notifier(environ)
+        self._is_ready = False
+        self._next_ping = 0.0
+        self._said_stalled = self._said_large = False
 
+    def run(self) -> int:
+        """Run until SIGTERM or SIGINT; return the exit code."""
+        # Their numbers arrive here, one by one; the handlers themselves do nothing. (sigtimedwait()
+        # would do, but makes up a signal when a SIGCONT ends it after its time.)
+        self._signals, wakeup = socket.socketpair()
+        wakeup.setblocking(False)
+        signal.set_wakeup_fd(wakeup.fileno(), warn_on_full_buffer=False)
+        for number in self.SIGNALS:
+            signal.signal(number, lambda *_: None)
+        collector = threading.Thread(target=self._collect, name="collector", daemon=True)
+        sender = threading.Thread(target=self._sender.run, name="sender", daemon=True)
+        collector.start()
+        sender.start()
+        log.info(
+            "TinoMail agent %s started: node %s, a sample every %g s to %s",
+            VERSION, self._config.node_id, self._config.interval_s, self._config.dashboard_url,
+        )
+        self._supervise()
+        self._notifier.send("STOPPING=1", "STATUS=delivering what waits")
+        deadline = time.monotonic() + STOP_LIMIT_S
+        self._stop.set()
+        collector.join(STOP_LIMIT_S - 1.5)  # the sample under way is to be delivered too
+        self._buffer.close()
+        self._buffer.mirror()  # the end may come before all is delivered
+        sender.join(max(0.0, deadline - time.monotonic()))
+        log.info("stopped: %s", self._counters())
+        return 0
 
-def _whole(low: int, high: int) -> Callable[[str], int]:
-    def parse(text: str) -> int:
-        if not re.fullmatch(r"[0-9]{1,9}", text) or not low <= int(text) <= high:
-            raise ValueError(f"must be a whole number from {low} to {high}")
-        return int(text)
-
-    return parse
-
-
-def _choice(*names: str) -> Callable[[str], str]:
-    def parse(text: str) -> str:
-        if text.lower() not in names:
-            raise ValueError(f"must be one of {', '.join(names)}")
-        return text.lower()
-
-    return parse
-
-
-def _flag(text: str) -> bool:
-    return _choice("true", "false")(text) == "true"
-
-
-def _ports(text: str) -> tuple[int, ...] | None:
-    if text.lower() == "auto":
-        return None
-    try:
-        return tuple(dict.fromkeys(map(_whole(1, 65535), re.split(r"[,\s]+", text))))
-    except ValueError:
-        raise ValueError("must be auto or port numbers from 1 to 65535, with commas") from None
-
-
-def _ip_literal(text: str) -> str:
-    for family in (socket.AF_INET, socket.AF_INET6):
+    def _collect(self) -> None:
+        """Put a sample into the buffer at every tick; see a second later whether it left."""
+        interval = self._config.interval_s
         try:
-            return socket.inet_ntop(family, socket.inet_pton(family, text))
-        except OSError:
-            continue
-    raise ValueError("must be an IPv4 or IPv6 address, not a name")
+            self._collector.prime()
+        except Exception:
+            self._collector.crashed()
+        due = time.monotonic() + PRIME_S
+        # To the second sample half to one and a half intervals pass: nodes that were started
+        # together, after a power cut say, do not post together ever after.
+        pause = interval * (0.5 + phase(self._config.node_id))
+        while not self._stop.wait(max(0.0, due - time.monotonic())):
+            self._guarded(self._take_sample)
+            due = next_tick(due + pause - interval, time.monotonic(), interval)
+            pause = interval
+            if self._stop.wait(min(MIRROR_AFTER_S, max(0.0, due - time.monotonic()) / 2)):
+                return
+            self._guarded(self._buffer.mirror)
 
-
-def _names(text: str) -> tuple[str, ...] | None:
-    if text.lower() == "auto":
-        return None
-    names = tuple(dict.fromkeys(re.split(r"[,\s]+", text)))
-    if not all(re.fullmatch(r"[^/\0]{1,15}", name) for name in names):
-        raise ValueError("must be auto or names of interfaces, with commas")
-    return names
-
-
-def _paths(text: str) -> tuple[str, ...] | None:
-    if text.lower() == "auto":
-        return None
-    paths = tuple(path.strip() for path in text.split(","))
-    if not all(path.startswith("/") and "\0" not in path for path in paths):
-        raise ValueError("must be auto or absolute paths, with commas")
-    return paths
-
-
-def _watched(text: str) -> tuple[tuple[str, str], ...]:
-    pairs = []
-    for pair in filter(None, re.split(r"[,\s]+", text)):
-        found = re.fullmatch(r"([a-z0-9][a-z0-9_.-]{0,31})=([!-~]{1,255})", pair)
-        if not found:
-            raise ValueError("must be name=program pairs, with commas; names in lower case")
-        if found[1] in SERVICES:
-            raise ValueError(f"{found[1]} is reported anyway; take another name")
-        if found[2] in SERVICE_COMMS:
-            raise ValueError(f"{found[2]} is reported anyway, as {SERVICE_COMMS[found[2]]}")
-        pairs.append((found[1], found[2][:15]))  # the kernel cuts comm to 15 bytes
-    return tuple(pairs)
-
-
-def _ca_bundle(text: str) -> str:
-    if text:
+    def _guarded(self, work: Callable[[], None]) -> None:
         try:
-            ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(cafile=text)
-        except ssl.SSLError:
-            raise ValueError("holds no certificate in PEM form") from None
-        except OSError as error:
-            raise ValueError(f"cannot be read: {os.strerror(error.errno or 0)}") from None
-    return text
-
-
-SERVICES = ("zonemta", "wildduck", "haraka", "rspamd", "redis", "mongodb")
-
-# The ports that matter on a node, by its role; CHECK_PORTS overrides.
-MAIL_PORTS = (25, 587, 993, 995, 12080, 11334)
-ROLE_PORTS = {
-    "wildduck": MAIL_PORTS,
-    "zonemta-outbound": (587, 12080),
-    "zonemta-local": (587, 12080),
-    "haraka": (25,),
-    "rspamd": (11334,),
-    "redis": (6379,),
-    "mongodb": (27017,),
-    "unknown": MAIL_PORTS,
-}
-
-
-@dataclass(frozen=True, slots=True)
-class Setting:
-    """One setting: how its text becomes a value, and what an administrator is told of it."""
-
-    name: str
-    parse: Callable[[str], Any]
-    default: str  # "" with `required`: there is none
-    help: str
-    example: str
-    required: bool = False
-    secret: bool = False
-
-
-SETTINGS = (
-    Setting(
-        "DASHBOARD_URL", _url, "", "address of the dashboard", "https://monitor.example.com",
-        required=True,
-    ),
-    Setting(
-        "API_KEY", _key, "", "key that the dashboard gave out for its agents", "k3yOfTheDashboard",
-        required=True, secret=True,
-    ),
-    Setting("NODE_ID", _node_id, "", "name of this node; empty: its host name", "mta-01"),
-    Setting(
-        "NODE_ROLE", _choice("auto", *ROLE_PORTS), "auto",
-        "role of this node; auto: by the mail daemons that run", "zonemta-outbound",
-    ),
-    Setting(
-        "HEARTBEAT_INTERVAL", _whole(1_000, 300_000), "15000",
-        "time between two samples, in milliseconds", "15000",
-    ),
-    Setting(
-        "LOG_LEVEL", _choice("debug", "info", "warning", "error"), "info",
-        "least level that is logged: debug, info, warning or error", "info",
-    ),
-    Setting(
-        "CHECK_PORTS", _ports, "auto", "TCP ports to check; auto: those of the role", "25,587,993",
-    ),
-    Setting("CHECK_HOST", _ip_literal, "127.0.0.1", "IP address to check them at", "10.0.0.5"),
-    Setting(
-        "CHECK_MODE", _choice("connect", "listen"), "connect",
-        "connect to each port, or ask the kernel who listens (nothing in the mail log)", "listen",
-    ),
-    Setting(
-        "DISK_PATHS", _paths, "auto", "file systems to report; auto: all local ones", "/,/var/mail",
-    ),
-    Setting(
-        "NET_INTERFACES", _names, "auto",
-        "interfaces to add up; auto: those with hardware behind them", "eth0,eth1",
-    ),
-    Setting(
-        "WATCH_PROCESSES", _watched, "",
-        "more services to report, as name=program (the exact name that ps -o comm shows)",
-        "postfix=master,dovecot=dovecot",
-    ),
-    Setting(
-        "BUFFER_SIZE", _whole(10, 10_000), "100",
-        "samples kept while the dashboard cannot be reached", "1000",
-    ),
-    Setting(
-        "CA_BUNDLE", _ca_bundle, "", "PEM file with the CA to trust; empty: the system's store",
-        "/etc/ssl/certs/my-ca.pem",
-    ),
-    Setting(
-        "ALLOW_HTTP", _flag, "false", "true: send the key over http:// to another machine", "true",
-    ),
-    Setting(
-        "MEMORY_LIMIT_MB", _whole(48, 72), "64",
-        "resident memory in MiB above which the agent asks systemd for a restart", "64",
-    ),
-    Setting(
-        "DASHBOARD_API", _choice("v1", "tinomail-monitor"), "v1",
-        "dialect that the dashboard speaks: v1 or tinomail-monitor", "tinomail-monitor",
-    ),
-)
-
-
-@dataclass(frozen=True, slots=True)
-class Config:
-    """All settings, parsed: a field per row of SETTINGS, in lower case."""
-
-    dashboard_url: str
-    api_key: str = field(repr=False)
-    node_id: str
-    node_role: str
-    heartbeat_interval: int  # milliseconds
-    log_level: str
-    check_ports: tuple[int, ...] | None  # None: auto
-    check_host: str
-    check_mode: str
-    disk_paths: tuple[str, ...] | None  # None: auto
-    net_interfaces: tuple[str, ...] | None  # None: auto
-    watch_processes: tuple[tuple[str, str], ...]  # (service, comm)
-    buffer_size: int
-    ca_bundle: str
-    allow_http: bool
-    memory_limit_mb: int
-    dashboard_api: str
-    env_file: str  # where settings were read from; "" for the environment alone
-    warnings: tuple[str, ...]
-
-    @property
-    def interval_s(self) -> float:
-        return self.heartbeat_interval / 1000
-
-
-AGENT_MIB = 34  # what the agent needs, its buffer aside
-BUFFERED_SAMPLE_BYTES = 2560  # of a large machine, with what Python needs for it
-DEAD_AFTER_MS = 45_000  # the dashboard's three heartbeats of 15 s
-KNOWN_NAMES = frozenset(setting.name for setting in SETTINGS)
-NEWLINE = re.compile(r"\r\n|\n|\r")
-
-
-SERVICE_ENV_FILE = "/etc/tinomail-agent/agent.env"  # LoadCredential= of the unit
-
-
-def find_env_file(option: str | None, environ: Mapping[str, str]) -> str:
-    """Return the env file to read ("" if there is none): --env-file, credential, ./, /etc."""
-    if option is not None:
-        return option
-    places = ["./.agent.env", SERVICE_ENV_FILE]
-    if "CREDENTIALS_DIRECTORY" in environ:  # systemd.exec(5), LoadCredential=
-        places.insert(0, os.path.join(environ["CREDENTIALS_DIRECTORY"], "agent.env"))
-    return next((place for place in places if os.path.lexists(place)), "")
-
-
-def parse_env(data: bytes) -> tuple[dict[str, str], list[str]]:
-    """Parse the bytes of an env file into (name -> value, problems), without interpolation."""
-    try:
-        text = data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = data[: error.start].count(b"\n") + 1
-        return {}, [f"line {line}: is not UTF-8 text; save the file as UTF-8"]
-    values: dict[str, str] = {}
-    problems: list[str] = []
-    for binding in dotenv.parser.parse_stream(io.StringIO(text)):
-        blank = re.match(r"\s*", binding.original.string)[0]  # type: ignore[index]
-        where = f"line {binding.original.line + len(re.findall(NEWLINE, blank))}"
-        if binding.error or (binding.key is not None and binding.value is None):
-            problems.append(
-                f"{where}: is not NAME=value, or a quote is not closed (example: NODE_ROLE=auto)"
-            )
-        elif binding.key in KNOWN_NAMES:
-            values[binding.key] = binding.value or ""
-        elif binding.key is not None:
-            problems.append(f"{where}: {_unknown_name(binding.key)}")
-    return values, problems
-
-
-def _unknown_name(name: str) -> str:
-    """Say what may have been meant. What does not look like a name may be a piece of the key."""
-    import difflib  # only when something is wrong
-
-    near = difflib.get_close_matches(name.upper(), KNOWN_NAMES, 1)
-    safe = re.fullmatch("[A-Z_]{3,40}", name)
-    way_out = f"did you mean {near[0]}?" if near else "agent.env.example lists them all"
-    return (f"there is no setting {name}; " if safe else "unknown setting; ") + way_out
-
-
-def _printable(text: str) -> str:
-    return "".join(c if c.isprintable() else "?" for c in text)
-
-
-def read_env_file(path: str) -> tuple[dict[str, str], list[str], list[str]]:
-    """Read an env file; return (name -> value, problems, warnings)."""
-    try:
-        with open(path, "rb") as stream:
-            data = stream.read(MIB)
-            mode = os.fstat(stream.fileno()).st_mode
-    except OSError as error:
-        return {}, [f"{path}: cannot be read: {os.strerror(error.errno or 0)}"], []
-    values, problems = parse_env(data)
-    warnings = []
-    if values.get("API_KEY") and mode & stat.S_IROTH:
-        warnings.append(f"{path}: every user can read the key in it: chmod 600 {path}")
-    return values, [f"{path}, {problem}" for problem in problems], warnings
-
-
-def load_config(
-    environ: Mapping[str, str], env_file: str | None = None, *, need_dashboard: bool = True
-) -> Config:
-    """Build the Config from the process environment, then the env file, then the defaults.
-
-    An empty value counts as not set. Raises SettingsError with every problem at once.
-    With need_dashboard=False, DASHBOARD_URL and API_KEY may be missing (then "").
-    """
-    path = find_env_file(env_file, environ)
-    if not need_dashboard and env_file is None and not os.access(path, os.R_OK):
-        path = ""  # the service's, which is root's: a sample can be shown without it
-    from_file, problems, warnings = read_env_file(path) if path else ({}, [], [])
-    if path == os.path.join(environ.get("CREDENTIALS_DIRECTORY", "/"), "agent.env"):
-        # systemd's copy of it, which is gone when we are
-        problems = [problem.replace(path, SERVICE_ENV_FILE, 1) for problem in problems]
-    unread = bool(problems) and not from_file
-    values: dict[str, Any] = {}
-    for setting in SETTINGS:
-        text = environ.get(setting.name) or from_file.get(setting.name) or setting.default
-        if setting.name == "NODE_ID":
-            text = text or socket.gethostname()
-        if not text and setting.required:
-            if need_dashboard and not unread:
-                problems.append(
-                    f"{setting.name}: is missing (example: {setting.name}={setting.example})"
-                )
-            values[setting.name.lower()] = ""
-            continue
-        try:
-            values[setting.name.lower()] = setting.parse(text)
-        except ValueError as error:
-            problems.append(
-                f"{setting.name}: {error} (example: {setting.name}={setting.example})"
-            )
-    problems += _contradictions(values)
-    if not problems:
-        warnings += _second_thoughts(values)
-    if problems:
-        raise SettingsError(problems)
-    return Config(**values, env_file=path, warnings=tuple(warnings))
-
-
-def _contradictions(values: Mapping[str, Any]) -> list[str]:
-    """Return what each setting allows by itself, but not together with another."""
-    found = []
-    url, allow_http = values.get("dashboard_url", ""), values.get("allow_http", True)
-    if url.startswith("http://") and not allow_http and not _is_loopback(urlsplit(url).hostname):
-        found.append(
-            "DASHBOARD_URL: http:// would send the key in clear text; "
-            "use https://, or set ALLOW_HTTP=true if the network is your own"
-        )
-    limit_mib = values.get("memory_limit_mb", 64)
-    most = (limit_mib - AGENT_MIB) * MIB // BUFFERED_SAMPLE_BYTES
-    if values.get("buffer_size", 0) > most:
-        found.append(
-            f"BUFFER_SIZE: more than {most} samples do not fit under MEMORY_LIMIT_MB={limit_mib} "
-            "(example: BUFFER_SIZE=1000)"
-        )
-    return found
-
-
-def _second_thoughts(values: Mapping[str, Any]) -> list[str]:
-    """Return what is allowed, but seldom meant."""
-    found = []
-    if values["node_id"].split(".")[0] == "localhost":
-        found.append("NODE_ID: this node reports as localhost: set NODE_ID, or its host name")
-    if values["heartbeat_interval"] > DEAD_AFTER_MS:
-        found.append(
-            f"HEARTBEAT_INTERVAL: the dashboard takes a node for dead after {DEAD_AFTER_MS} ms"
-        )
-    return found
-
-
-def _is_loopback(host: str | None) -> bool:
-    if host in ("localhost", "::1"):
-        return True
-    try:
-        return socket.inet_pton(socket.AF_INET, host or "")[0] == 127
-    except OSError:
-        return False
-
-
-# --- reading /proc and sysfs: pure parsers ------------------------------------------------
-
-
-def read_bytes(path: str, limit: int = -1) -> bytes:
-    with open(path, "rb", buffering=0) as stream:
-        return stream.read(limit) or b""
-
-
-class ProcessStat(NamedTuple):
-    """What /proc/PID/stat tells (proc_pid_stat(5)); times in clock ticks."""
-
-    pid: int
-    comm: str
-    state: str
-    ppid: int
-    cpu_ticks: int  # user + system
-    start_ticks: int  # since boot: with the pid, the identity of a process
-
-
-def parse_stat(data: bytes) -> ProcessStat:
-    """Parse /proc/PID/stat; comm may hold blanks and parentheses. ValueError if it is torn."""
-    head, _, rest = data.rpartition(b") ")
-    pid, _, comm = head.partition(b" (")
-    fields = rest.split(None, 20)
-    if len(fields) < 20:
-        raise ValueError("torn /proc/PID/stat")
-    return ProcessStat(
-        int(pid), comm.decode("utf-8", "replace"), fields[0].decode("ascii", "replace"),
-        int(fields[1]), int(fields[11]) + int(fields[12]), int(fields[19]),
-    )
-
-
-def age_s(process: ProcessStat) -> float:
-    return time.clock_gettime(time.CLOCK_BOOTTIME) - process.start_ticks / CLOCK_TICKS
-
-
-def parse_rss(status: bytes) -> tuple[int, int]:
-    """Return (anonymous, file and shared) resident KiB of /proc/PID/status; a zombie has none."""
-    sizes = dict(re.findall(rb"^(RssAnon|RssFile|RssShmem):\s*(\d+)", status, re.MULTILINE))
-    anon, file, shmem = (int(sizes.get(k, 0)) for k in (b"RssAnon", b"RssFile", b"RssShmem"))
-    return anon, file + shmem
-
-
-def parse_time_wait(sockstat: bytes) -> int:
-    """Return `tw` of /proc/net/sockstat: TIME_WAIT and forgotten FIN_WAIT2, both families."""
-    found = re.search(rb"^TCP:.*\btw (\d+)", sockstat, re.MULTILINE)
-    if not found:
-        raise ValueError("no TCP line in /proc/net/sockstat")
-    return int(found[1])
-
-
-def parse_curr_estab(snmp: bytes) -> int:
-    """Return CurrEstab of /proc/net/snmp, which counts both address families."""
-    names, values = (line.split() for line in snmp.splitlines() if line.startswith(b"Tcp:"))
-    return int(values[names.index(b"CurrEstab")])
-
-
-class Mount(NamedTuple):
-    """One line of /proc/self/mountinfo (proc_pid_mountinfo(5))."""
-
-    mount_id: int
-    parent_id: int
-    device: str  # "major:minor" of the superblock
-    root: str  # the directory in the file system that is mounted
-    path: str
-    fstype: str
-    source: str
-
-
-def parse_mountinfo(data: bytes) -> list[Mount]:
-    """Parse /proc/self/mountinfo, in the order of mounting."""
-    mounts = []
-    for line in os.fsdecode(data).splitlines():
-        fields, _, tail = line.partition(" - ")
-        first, last = fields.split(" "), tail.split(" ")
-        if len(first) >= 6 and len(last) >= 2:
-            mounts.append(
-                Mount(int(first[0]), int(first[1]), first[2], _unescape(first[3]),
-                      _unescape(first[4]), last[0], _unescape(last[1]))
-            )
-    return mounts
-
-
-def _unescape(text: str) -> str:
-    """Undo the kernel's octal escapes (fs/seq_file.c, mangle_path)."""
-    return re.sub(r"\\([0-7]{3})", lambda found: chr(int(found[1], 8)), text)
-
-
-# Never touched: a server that is away would hang the agent.
-NETWORK_FSTYPES = frozenset(
-    "nfs nfs4 cifs smb3 smbfs ceph 9p afs ncpfs coda lustre gfs2 ocfs2 beegfs virtiofs".split()
-)
-# Full by nature, or not a place where mail or logs go.
-UNWATCHED_FSTYPES = frozenset("squashfs iso9660 udf cramfs erofs".split())
-UNWATCHED_PATHS = re.compile(r"/(boot|efi)(/|$)")
-LOOP_MAJOR = "7:"  # Documentation/admin-guide/devices.txt
-
-
-def is_network(fstype: str) -> bool:
-    return fstype in NETWORK_FSTYPES or (fstype.startswith("fuse.") or fstype == "fuse")
-
-
-def local_disks(mounts: list[Mount]) -> dict[str, list[Mount]]:
-    """Group the mounts that are local disks by device; of each, the whole and short ones first.
-
-    Local is "/", whatever it is, and what stands on a block device or is btrfs or zfs. What
-    lies below a network mount is left out: the way there may hang.
-    """
-    by_id = {mount.mount_id: mount for mount in mounts}
-
-    def below_network(mount: Mount) -> bool:
-        seen: set[int] = set()
-        while mount.mount_id not in seen:
-            if is_network(mount.fstype):
-                return True
-            seen.add(mount.mount_id)
-            mount = by_id.get(mount.parent_id, mount)
-        return False
-
-    disks: dict[str, list[Mount]] = {}
-    for mount in mounts:
-        on_block = not mount.device.startswith("0:") or mount.fstype in ("btrfs", "zfs")
-        unwatched = (
-            mount.fstype in UNWATCHED_FSTYPES
-            or mount.device.startswith(LOOP_MAJOR)
-            or mount.source.startswith("/dev/loop")  # btrfs has a device number of its own
-            or UNWATCHED_PATHS.match(mount.path)
-        )
-        if mount.path == "/" or (on_block and not unwatched and not below_network(mount)):
-            disks.setdefault(mount.device, []).append(mount)
-    for candidates in disks.values():
-        candidates.sort(key=lambda m: (m.path != "/", m.root != "/", len(m.path)))
-    return disks
-
-
-def parse_diskstats(data: bytes) -> dict[str, tuple[int, int]]:
-    """Return device -> (bytes read, bytes written) of /proc/diskstats, in 512-byte sectors."""
-    rows = (line.split() for line in data.decode("ascii", "replace").splitlines())
-    return {row[2]: (int(row[5]) * 512, int(row[9]) * 512) for row in rows if len(row) > 9}
-
-
-def parse_ranges(text: bytes) -> list[int]:
-    """Return the numbers in a list of sysfs' like 0-3,6."""
-    numbers: list[int] = []
-    for part in text.decode("ascii", "replace").strip().split(","):
-        first, _, last = part.partition("-")
-        numbers += range(int(first), min(int(last or first), 2**16) + 1)
-    return numbers
-
-
-def rate(
-    before: Mapping[str, tuple[int, int]], after: Mapping[str, tuple[int, int]], seconds: float
-) -> tuple[int | None, int | None]:
-    """Return the two counters' growth per second, summed over the names that both readings have.
-
-    None for a counter that went backwards on any of them, for no time passed, and for no names.
-    """
-    result: list[int | None] = []
-    for column in (0, 1):
-        grown = [after[name][column] - before[name][column] for name in after if name in before]
-        sound = seconds > 0 and grown and all(delta >= 0 for delta in grown)
-        result.append(round(sum(grown) / seconds) if sound else None)
-    return result[0], result[1]
-
-
-# In psutil's cpu_times: `guest` and `guest_nice` are inside `user` and `nice` already.
-CPU_BUSY = ("user", "nice", "system", "irq", "softirq", "steal")
-CPU_IDLE = ("idle", "iowait")
-
-
-def cpu_shares(before: list[Any], after: list[Any]) -> tuple[float | None, list[float | None]]:
-    """Return the busy percent of all cores together and of each, from psutil's per-CPU times.
-
-    iowait is idle time. A field that went backwards (iowait may) counts as unchanged.
-    None where no time has passed.
-    """
-    if len(before) != len(after):  # a core came or went
-        return None, []
-    busy_sum = total_sum = 0.0
-    cores: list[float | None] = []
-    for old, new in zip(before, after):
-        busy, idle = (
-            sum(max(0.0, getattr(new, name, 0.0) - getattr(old, name, 0.0)) for name in names)
-            for names in (CPU_BUSY, CPU_IDLE)
-        )
-        cores.append(percent(busy, busy + idle))
-        busy_sum += busy
-        total_sum += busy + idle
-    return percent(busy_sum, total_sum), cores
-
-
-def percent(part: float, whole: float) -> float | None:
-    """Return part of whole in percent, 0.0 to 100.0; None if there is no whole."""
-    return min(100.0, max(0.0, round(100.0 * part / whole, 1))) if whole > 0 else None
-
-
-# --- which mail service a process belongs to ----------------------------------------------
-
-# Native servers keep the name of their program: comm -> service.
-SERVICE_COMMS = {
-    "rspamd": "rspamd",
-    "redis-server": "redis",
-    "valkey-server": "redis",
-    "mongod": "mongodb",
-}
-# Not a server, whatever its comm: redis-sentinel is redis' own program, but stores nothing ...
-NOT_THE_SERVER = re.compile(r".* \[sentinel\]|--sentinel")
-# ... and a script's comm is the script's name; the interpreter shows in its first argument.
-INTERPRETER = re.compile(r"(.*/)?(busybox|env|[a-z]*sh|(python|perl|ruby|lua|node)[\d.]*)")
-
-# Node's services set process.title: cmdline is one string, cut to what the original arguments
-# had room for, and comm is its first 15 bytes (uv_set_process_title). Pattern -> service.
-SERVICE_TITLES = (
-    (re.compile(r"wilddu(c|ck|ck [mw]\w{0,5})?"), "wildduck"),
-    (re.compile(r"zone-m(t|ta|ta: .*)?|[^:]+: (master process|(receiver|sender)/\S+)"), "zonemta"),
-    (re.compile(r"Haraka (\(|cn=).*"), "haraka"),
-)
-# Without a title, the script tells. Pattern of the path -> service.
-SERVICE_SCRIPTS = (
-    (re.compile(r"(.*/)?wildduck(/(server|worker)(\.js)?)?"), "wildduck"),
-    (re.compile(r"(.*/)?zone-?mta(/((app|index)(\.js)?|services/(receiver|sender)\.js))?"),
-     "zonemta"),
-    (re.compile(r"(.*/)?(\.?bin/haraka|Haraka(/haraka(\.js)?)?)"), "haraka"),
-)
-# Without either, the systemd unit does, for Node's processes. Name -> service.
-SERVICE_UNITS = {"wildduck": "wildduck", "zone-mta": "zonemta", "zonemta": "zonemta",
-                 "haraka": "haraka"}
-UNIT = re.compile(r"/([^/@\n]+)(@[^/\n]*)?\.service(?=/|$)", re.MULTILINE)
-
-NODE_SERVICES = ("zonemta", "wildduck", "haraka")  # their processes share Node's program
-NODE_COMMS = frozenset(("node", "nodejs", "MainThread", "node-MainThread"))  # 22, 24 and 26
-# A "no" may become a "yes" with the same name: a title is set, a wrapper calls exec().
-ASKED_AGAIN = NODE_COMMS | SERVICE_COMMS.keys()
-NODE_PROGRAM = re.compile(r"(.*/)?node(js)?[\d.-]*( \(deleted\))?")
-NODE_TOOLS = re.compile(r"(npm|npx|pnpm|yarn|PM2)\b.*")
-NODE_OPTIONS_WITH_VALUE = frozenset(
-    "-r --require --import --loader --experimental-loader -C --conditions --title".split()
-)
-# What makes `haraka` or `zone-mta` do something else than serve.
-NOT_SERVING = frozenset(
-    "-h --help -v --version -l --list -i --install -p --plugin -o --order -t --test "
-    "--qlist --qstat --qempty --qunstick create".split()
-)
-
-
-def classify(
-    comm: str,
-    cmdline: bytes,
-    *,
-    exe: str | None = None,
-    cwd: str | None = None,
-    cgroup: str = "",
-    state: str = "S",
-) -> str | None:
-    """Return the service that a process belongs to, or None.
-
-    cmdline holds the raw bytes of /proc/PID/cmdline, cgroup the text of /proc/PID/cgroup. An
-    unprivileged reader has neither exe nor cwd. A zombie has no cmdline: its comm decides.
-    """
-    raw = cmdline.decode("utf-8", "replace") if state != "Z" else comm
-    args = raw.rstrip("\0").split("\0")
-    if comm in SERVICE_COMMS:
-        is_script = INTERPRETER.fullmatch(args[0]) and args[0] != comm
-        is_other = any(NOT_THE_SERVER.fullmatch(arg) for arg in args)
-        return None if is_script or is_other else SERVICE_COMMS[comm]
-    has_title = len(args) == 1 and args[0] != "" and args[0][:15].rstrip() == comm.rstrip()
-    if exe is not None and not NODE_PROGRAM.fullmatch(exe):
-        return None
-    if has_title:
-        found = first_match(SERVICE_TITLES, args[0])
-        if found or NODE_TOOLS.fullmatch(args[0]):
-            return found
-        if args[0].startswith("node "):
-            args = args[0].split(" ")  # PM2 writes the command line into the title
-        elif not raw.endswith("\0\0") and len(args[0]) <= 15:
-            return None  # a program without arguments, not a title that was cut or padded
-    elif comm not in NODE_COMMS:
-        return None
-    script = script_of(args)
-    found = first_match(SERVICE_SCRIPTS, os.path.normpath(os.path.join(cwd or "", script)))
-    if NOT_SERVING.intersection(args):
-        return None
-    units = [SERVICE_UNITS.get(name.lower()) for name, _ in UNIT.findall(cgroup)]
-    return found or next(filter(None, units), None)
-
-
-def first_match(table: Iterable[tuple[re.Pattern[str], str]], text: str) -> str | None:
-    return next((service for pattern, service in table if pattern.fullmatch(text)), None)
-
-
-def script_of(args: list[str]) -> str:
-    """Return the script of a Node command line, "" if it has none."""
-    rest = iter(args[1:])
-    for arg in rest:
-        if not arg.startswith("-"):
-            return arg
-        if arg in ("-e", "--eval", "-p", "--print"):
-            return ""
-        if arg in NODE_OPTIONS_WITH_VALUE:
-            next(rest, None)
-    return ""
-
-
-# --- sockets ------------------------------------------------------------------------------
-
-# linux/netlink.h, linux/inet_diag.h, net/tcp_states.h
-NETLINK_SOCK_DIAG = 4
-TCPDIAG_GETSOCK = 18  # the legacy request: one dump holds both address families
-NLM_F_REQUEST_DUMP = 0x301
-NLMSG_ERROR, NLMSG_DONE = 2, 3
-TCP_ESTABLISHED, TCP_FIN_WAIT2, TCP_CLOSE_WAIT, TCP_LISTEN = 1, 5, 8, 10
-TIMEWAIT_TIMER = 3  # idiag_timer of a socket that only waits to be forgotten
-NETLINK_LIMIT_S = 3.0
-
-
-def dump_tcp(*states: int) -> Iterator[memoryview]:
-    """Yield a struct inet_diag_msg for each TCP socket in these states, of both families.
-
-    Needs no privilege. Raises OSError if the kernel has no tcp_diag.
-    """
-    request = struct.pack("=IHHII BBBB 48x II", 16 + 60, TCPDIAG_GETSOCK, NLM_F_REQUEST_DUMP,
-                          1, 0, 0, 0, 0, 0, sum(1 << state for state in states), 0)
-    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, NETLINK_SOCK_DIAG) as sock:
-        sock.settimeout(NETLINK_LIMIT_S)
-        sock.send(request)
+            work()
+        except Exception:
+            self._collector.crashed()
+
+    def _take_sample(self) -> None:
+        self._buffer.put(self._collector.collect())
+        self._collector.progress = time.monotonic()
+        if self._state and self._config.node_role == "auto" and self._role != self._collector.role:
+            self._role = self._collector.role
+            try:
+                self._state.remember_role(self._role)
+            except OSError as error:
+                log.warning("the role cannot be remembered: %s", _reason(error))
+
+    def _supervise(self) -> None:
+        """Wait for signals; between them see that both threads live, and tell systemd."""
         while True:
-            data = memoryview(sock.recv(256 * 1024))
-            while len(data) >= 16:
-                length, kind = struct.unpack_from("=IH", data)
-                if kind == NLMSG_DONE:
-                    return
-                if kind == NLMSG_ERROR:
-                    code = -struct.unpack_from("=i", data, 16)[0]
-                    raise OSError(code, os.strerror(code))
-                yield data[16:length]
-                data = data[(length + 3) & ~3 or len(data) :]
-
-
-class TcpCensus(NamedTuple):
-    """How many TCP sockets of both families are in a state."""
-
-    established: int
-    close_wait: int
-    fin_wait2_forgotten: int  # FIN_WAIT2 whose socket is gone already: sockstat's `tw` has them
-
-
-def count_tcp(*states: int) -> TcpCensus:
-    """Count the sockets in these of the census' states; the others are 0."""
-    established = close_wait = forgotten = 0
-    for message in dump_tcp(*states):
-        established += message[1] == TCP_ESTABLISHED  # idiag_state
-        close_wait += message[1] == TCP_CLOSE_WAIT
-        forgotten += message[1] == TCP_FIN_WAIT2 and message[2] == TIMEWAIT_TIMER  # idiag_timer
-    return TcpCensus(established, close_wait, forgotten)
-
-
-class TcpCounter:
-    """Counts TCP connections as ss(8) does, without walking the established ones.
-
-    CurrEstab holds ESTABLISHED plus CLOSE_WAIT on today's kernels and ESTABLISHED alone on
-    those before mid-2024. Which it is shows when there is a CLOSE_WAIT to tell by; until
-    then the two agree.
-    """
-
-    def __init__(self, proc: str, count: Callable[..., TcpCensus]) -> None:
-        self._proc = proc
-        self._count = count
-        self._includes_close_wait: bool | None = None
-
-    def read(self) -> TcpCensus:
-        census = self._count(TCP_CLOSE_WAIT, TCP_FIN_WAIT2)
-        curr_estab = self._curr_estab()
-        close_wait = census.close_wait
-        if close_wait and self._includes_close_wait is None:
-            again = self._count(TCP_ESTABLISHED, TCP_CLOSE_WAIT)
-            quiet = curr_estab == self._curr_estab() and close_wait == again.close_wait
-            if quiet and curr_estab - again.established in (0, close_wait):
-                self._includes_close_wait = curr_estab != again.established
-            return census._replace(established=again.established)
-        included = close_wait if self._includes_close_wait else 0
-        return census._replace(established=max(0, curr_estab - included))
-
-    def _curr_estab(self) -> int:
-        return parse_curr_estab(read_bytes(f"{self._proc}/net/snmp"))
-
-
-def check_by_connect(
-    host: str, ports: Iterable[int], limit_s: float = PORT_CHECK_LIMIT_S
-) -> dict[int, bool]:
-    """Connect to all ports at once and send nothing; return port -> whether it accepted.
-
-    Raises OSError when this machine has no socket or local port to try with.
-    """
-    result = dict.fromkeys(ports, False)
-    waiting: dict[int, tuple[int, socket.socket]] = {}
-    poll = select.poll()
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    deadline = time.monotonic() + limit_s
-    try:
-        for port in result:
-            sock = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
-            waiting[sock.fileno()] = (port, sock)
-            code = sock.connect_ex((host, port))
-            if code in (errno.EADDRNOTAVAIL, errno.ENOBUFS, errno.ENOMEM, errno.EAGAIN):
-                raise OSError(code, os.strerror(code))
-            if code in (0, errno.EINPROGRESS):
-                poll.register(sock, select.POLLOUT)
+            pause = SUPERVISE_S if self._is_ready else 0.05
+            if not select.select([self._signals], [], [], pause)[0]:
+                self._look_after()
+            elif self._signals.recv(1)[0] == signal.SIGUSR1:
+                log.info("%s", self._counters())
             else:
-                waiting.pop(sock.fileno())[1].close()
-        while waiting and (left := deadline - time.monotonic()) > 0:
-            for fd, _ in poll.poll(math.ceil(left * 1000)):
-                poll.unregister(fd)
-                port, sock = waiting.pop(fd)
-                with sock:
-                    result[port] = _is_connected(sock)
-    finally:
-        for _, sock in waiting.values():
-            sock.close()
-    return result
+                return
 
+    def _look_after(self) -> None:
+        if not self._is_ready:
+            if not self._collector.samples:
+                return
+            self._is_ready = True
+            self._notifier.send("READY=1")
+        now = time.monotonic()
+        if now < self._next_ping:
+            return
+        watchdog_s = self._notifier.watchdog_s
+        self._next_ping = now + (min(10.0, watchdog_s / 3) or 10.0)
+        stalled = self._stalled_thread(now, watchdog_s)
+        if stalled and not self._said_stalled:
+            log.critical("the %s hangs: leaving it to systemd's watchdog", stalled)
+        self._said_stalled = bool(stalled)
+        if self._is_too_large():
+            self._notifier.send("WATCHDOG=trigger")
+        elif not stalled:
+            self._notifier.send("WATCHDOG=1", f"STATUS={self._sender.status()}")
 
-def _is_connected(sock: socket.socket) -> bool:
-    """Tell whether a connect succeeded, and not to itself (a free port in the local range)."""
-    try:
-        return bool(sock.getpeername() != sock.getsockname())
-    except OSError:
-        return False
+    def _stalled_thread(self, now: float, limit_s: float) -> str:
+        """Return the name of a thread that made no progress for the watchdog's time, or ""."""
+        if limit_s > 0:
+            if now - self._collector.progress > limit_s + self._config.interval_s:
+                return "collector"
+            if now - self._sender.progress > limit_s:
+                return "sender"
+        return ""
 
-
-def check_by_listener(host: str, ports: Iterable[int]) -> dict[int, bool]:
-    """Ask the kernel for listeners that serve this address; a full accept queue counts as down."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    wanted = socket.inet_pton(family, host)
-    result = dict.fromkeys(ports, False)
-    for message in dump_tcp(TCP_LISTEN):
-        # struct inet_diag_msg: family, .., id.sport (big endian) at 4, id.src at 8,
-        # rqueue (the accept queue) at 56, wqueue (its limit) at 60, attributes from 72
-        port = struct.unpack_from("!H", message, 4)[0]
-        queued, limit = struct.unpack_from("=II", message, 56)
-        if port in result and queued <= limit and _serves(message, family, wanted):
-            result[port] = True
-    return result
-
-
-INET_DIAG_SKV6ONLY = 11  # linux/inet_diag.h
-IPV4_MAPPED = bytes(10) + b"\xff\xff"
-
-
-def _serves(message: memoryview, family: int, wanted: bytes) -> bool:
-    bound = bytes(message[8 : 8 + len(wanted)])
-    if message[0] == family:
-        return bound == wanted or not any(bound)
-    if message[0] != socket.AF_INET6:
-        return False
-    if any(message[8:24]):
-        return bytes(message[8:24]) == IPV4_MAPPED + wanted
-    # An IPv6 wildcard serves IPv4 too, unless IPV6_V6ONLY is set.
-    attributes = message[72:]
-    while len(attributes) >= 4:
-        length, kind = struct.unpack_from("=HH", attributes)
-        if kind == INET_DIAG_SKV6ONLY:
-            return not attributes[4]
-        attributes = attributes[(length + 3) & ~3 or len(attributes) :]
-    return True
-
-
-def source_ip(target: tuple[Any, ...]) -> str | None:
-    """Return this machine's address on the way to a socket address, or None without a route."""
-    family = socket.AF_INET6 if len(target) == 4 else socket.AF_INET
-    try:
-        with socket.socket(family, socket.SOCK_DGRAM) as sock:
-            sock.connect(target)  # a datagram socket: nothing is sent
-            return str(sock.getsockname()[0])
-    except OSError:
-        return None
-
-
-# --- collecting ---------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class Sample:
-    """One neutral sample, on its way from the collector to the dashboard."""
-
-    seq: int
-    role: str  # of the node at that time
-    packed: bytes  # zlib over the JSON of the sample: no node id, no dialect
-
-
-def pack(sample: Mapping[str, Any]) -> bytes:
-    return zlib.compress(json.dumps(sample, separators=(",", ":"), allow_nan=False).encode())
-
-
-def unpack(packed: bytes) -> dict[str, Any]:
-    value: dict[str, Any] = json.loads(zlib.decompress(packed))
-    return value
-
-
-def iso_utc(epoch_s: float) -> str:
-    """Return the time as ISO 8601 in UTC with milliseconds and a Z."""
-    whole, milli = divmod(int(epoch_s * 1000), 1000)
-    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(whole)) + f".{milli:03d}Z"
-
-
-T = TypeVar("T")
-
-
-class Change:
-    """Remembers the last reading of each counter, and when it was made."""
-
-    def __init__(self, clock: Callable[[], float]) -> None:
-        self._clock = clock
-        self._last: dict[str, tuple[float, Any]] = {}
-
-    def since(self, name: str, value: T) -> tuple[float, T]:
-        """Store a reading; return (seconds since the one before, the one before).
-
-        On the first call these are 0 seconds and the reading itself.
-        """
-        now = self._clock()
-        then, before = self._last.get(name, (now, value))
-        self._last[name] = (now, value)
-        return now - then, before
-
-
-# A process ended while we looked at it: any other error is ours.
-ENDED = (FileNotFoundError, ProcessLookupError, ValueError)
-
-
-@dataclass(frozen=True, slots=True)
-class Known:
-    """What was found out about a process."""
-
-    start_ticks: int
-    comm: str
-    service: str | None
-    cgroup: str  # the text of /proc/PID/cgroup, if it belongs to a service
-    inode: int  # of /proc/PID: the same as long as it is the same process
-    since: int  # the sample in which it was first seen
-
-
-# A "no" is looked at in each of the first samples, then in every LOOK_AGAINth, the processes
-# in turn: nothing is read of the others. It is asked again if its name has changed, as it does
-# with every title, and if it is Node's. What ran for long before the agent has had its title
-# since then: looking at all of 2,000 eight times would be most of the agent's first minutes.
-LOOK_AGAIN = 8
-OLD_PROCESS_S = 120
-
-
-class ProcessTable:
-    """Finds the mail services in /proc, one pass for all of them.
-
-    watched: comm -> service, for what WATCH_PROCESSES adds to the built-in ones.
-    """
-
-    def __init__(
-        self,
-        proc: str,
-        clock: Callable[[], float],
-        *,
-        cgroup_root: str = "/sys/fs/cgroup",
-        watched: Mapping[str, str] | None = None,
-    ) -> None:
-        self._proc = proc
-        self._cgroup_root = cgroup_root
-        self._watched = dict(watched or {})
-        self._services = tuple(dict.fromkeys((*SERVICES, *self._watched.values())))
-        self._change = Change(clock)
-        self._known: dict[int, Known] = {}  # by pid; a yes stays for the same start
-        self._round = 0
-
-    def read(self) -> dict[str, dict[str, Any]]:
-        """Return service -> {status, pid, memory_mb (MiB), cpu_percent (of one core)}.
-
-        Raises PermissionError when /proc shows only our own processes (hidepid).
-        """
+    def _is_too_large(self) -> bool:
         try:
-            read_bytes(f"{self._proc}/1/stat")
-        except (FileNotFoundError, PermissionError):
-            raise PermissionError(
-                errno.EACCES, "other users' processes are hidden (hidepid on /proc)"
-            ) from None
-        members: dict[str, list[ProcessStat]] = {service: [] for service in self._services}
-        known: dict[int, Known] = {}
-        self._round += 1
-        for pid, inode in self._list():
-            seen = self._known.get(pid)
-            if seen and seen.inode == inode and self._is_settled(pid, seen):
-                known[pid] = seen
-                continue
-            try:
-                process = parse_stat(read_bytes(f"{self._proc}/{pid}/stat"))
-                found = known[pid] = self._look_up(process, seen, inode)
-            except ENDED:
-                continue
-            if found.service:
-                members[found.service].append(process)
-        self._known = known
-        ticks = {(p.pid, p.start_ticks): p.cpu_ticks for f in members.values() for p in f}
-        seconds, before = self._change.since("cpu", ticks)
-        on_node = sum(len(members[service]) for service in NODE_SERVICES)
-        described = {}
-        for service, its in members.items():
-            share = len(its) / on_node if its and service in NODE_SERVICES else 1.0
-            described[service] = self._describe(its, seconds, before, share)
-        return described
+            rss_mib = own_rss_bytes() / MIB
+        except OSError:
+            return False  # out of file descriptors, say
+        too_large = self._notifier.is_systemd and rss_mib > self._config.memory_limit_mb
+        if too_large and not self._said_large:
+            log.critical(
+                "%.0f MiB of memory are more than MEMORY_LIMIT_MB=%d: asking systemd for a restart",
+                rss_mib, self._config.memory_limit_mb,
+            )
+        self._said_large = too_large
+        return too_large
 
-    def _list(self) -> list[tuple[int, int]]:
-        """Return (pid, inode of /proc/PID) of all processes; nothing of them is read."""
-        with os.scandir(self._proc) as entries:
-            return [(int(e.name), e.inode()) for e in entries if e.name.isdigit()]
-
-    def _is_settled(self, pid: int, known: Known) -> bool:
-        is_old = self._round - known.since >= LOOK_AGAIN
-        return known.service is None and is_old and (self._round + pid) % LOOK_AGAIN != 0
-
-    def _look_up(self, process: ProcessStat, known: Known | None, inode: int) -> Known:
-        since = self._round
-        if known and known.start_ticks == process.start_ticks:
-            since = known.since
-            is_same = known.comm == process.comm and process.comm not in ASKED_AGAIN
-            if known.service or is_same:
-                return known if known.inode == inode else dataclasses.replace(known, inode=inode)
-        elif age_s(process) > OLD_PROCESS_S:
-            since -= LOOK_AGAIN
-        folder = f"{self._proc}/{process.pid}"
-        cgroup = os.fsdecode(read_bytes(f"{folder}/cgroup"))
-        service = classify(
-            process.comm,
-            read_bytes(f"{folder}/cmdline", CMDLINE_LIMIT_BYTES),
-            exe=read_link(f"{folder}/exe"),
-            cwd=read_link(f"{folder}/cwd"),
-            cgroup=cgroup,
-            state=process.state,
-        ) or self._watched.get(process.comm)
-        kept = cgroup if service else ""
-        return Known(process.start_ticks, process.comm, service, kept, inode, since)
-
-    def _describe(
-        self,
-        found: list[ProcessStat],
-        seconds: float,
-        before: Mapping[tuple[int, int], int],
-        share: float,
-    ) -> dict[str, Any]:
-        if not found:
-            return {"status": "not_found", "pid": None, "memory_mb": 0, "cpu_percent": 0}
-        pids = {p.pid for p in found}
-        mains = [p for p in found if p.ppid not in pids] or found
-        main = min(mains, key=lambda p: (p.start_ticks, p.pid))
-        used = 0
-        for process in found:
-            # One that started since the last reading used all its time since then.
-            base = 0 if age_s(process) < seconds else process.cpu_ticks
-            used += process.cpu_ticks - before.get((process.pid, process.start_ticks), base)
-        return {
-            "status": "stopped" if main.state in "TtZXx" else "running",
-            "pid": main.pid,
-            "memory_mb": round(self._memory_kib(pids, share) / 1024, 1),
-            "cpu_percent": round(100 * used / CLOCK_TICKS / seconds, 1) if seconds > 0 else 0.0,
+    def _figures(self) -> dict[str, Any]:
+        counters = self._buffer.counters()
+        figures: dict[str, Any] = {
+            "buffered": counters.waiting,
+            "sent_total": counters.delivered,
+            "dropped_total": counters.dropped,
+            "refused_total": counters.refused,
         }
+        if self._sender.clock_offset_s is not None:
+            figures["clock_offset_sec"] = self._sender.clock_offset_s
+        return figures
 
-    def _memory_kib(self, pids: set[int], share: float) -> int:
-        """Return what the processes hold, with the pages that they share counted once.
-
-        The sum of PSS would be it, but needs privileges. What their cgroup accounts for comes
-        near it; where they have none of their own, the sum of the anonymous pages and the
-        largest share of file and shared ones does.
-
-        share: the part of the service in the use of its program, next to other services.
-        """
-        anon_sum = anon_max = shared_max = 0
-        for pid in pids:
-            try:
-                anon, shared = parse_rss(read_bytes(f"{self._proc}/{pid}/status"))
-            except ENDED:
-                continue
-            anon_sum += anon
-            anon_max = max(anon_max, anon)
-            shared_max = max(shared_max, shared)
-        cgroups = {self._known[pid].cgroup for pid in pids}
-        accounts = [self._cgroup_kib(cgroup, pids) for cgroup in cgroups]
-        own = [account for account in accounts if account]
-        anon = sum(kib for kib, _ in own)
-        # Pages stay with the cgroup that they were first charged to: one that does not even
-        # hold the largest process' own pages is not where this service's memory is, ...
-        if len(own) < len(accounts) or anon < 0.9 * anon_max:
-            return anon_sum + shared_max
-        # ... and that of a service that was started again lacks its program (40 MiB of Node),
-        # read by the run before or by another service. What they map tells it.
-        program = max(0, shared_max - COMMON_LIBRARIES_KIB) * share
-        return int(anon + max(program, sum(kib for _, kib in own)))
-
-    def _cgroup_kib(self, cgroup: str, pids: set[int]) -> tuple[int, int] | None:
-        """Return (anonymous, mapped) KiB of a cgroup, None if it is not these pids' alone."""
-        try:
-            folder, keys = memory_cgroup(cgroup, self._cgroup_root)
-            with os.scandir(folder) as entries:
-                if any(entry.is_dir() for entry in entries):
-                    return None  # first: in the root's, all processes would be listed
-            inside = set(map(int, read_bytes(f"{folder}/cgroup.procs").split()))
-            if not inside or not inside <= pids:
-                return None
-            rows = (line.split() for line in read_bytes(f"{folder}/memory.stat").splitlines())
-            stat = {row[0]: int(row[1]) for row in rows if row[0] in keys}
-            return stat[keys[0]] // 1024, stat[keys[1]] // 1024
-        except (OSError, ValueError, LookupError):
-            return None
+    def _counters(self) -> str:
+        c = self._buffer.counters()
+        return (
+            f"{c.sampled} sampled, {c.loaded} loaded, {c.delivered} delivered, "
+            f"{c.refused} refused, {c.dropped} dropped, {c.waiting} waiting, "
+            f"{self._collector.collect_errors} collect errors, {self._sender.crashes} crashes"
+        )
 
 
-# What RssFile holds of libc, OpenSSL and the like, which other programs map too.
-COMMON_LIBRARIES_KIB = 6 * 1024
-CMDLINE_LIMIT_BYTES = 4096
+def next_tick(due: float, now: float, interval: float) -> float:
+    """Return the first tick after now; missed ones are skipped, not made up in a burst."""
+    return due + interval * (max(0, math.floor((now - due) / interval)) + 1)
 
 
-def read_link(path: str) -> str | None:
-    try:
-        return os.readlink(path)
-    except OSError:
-        return None  # another user's process, or it ended
-
-
-def memory_cgroup(cgroup: str, root: str) -> tuple[str, tuple[bytes, bytes]]:
-    """Return the folder of a process' memory cgroup, and what to add up in its memory.stat.
-
-    cgroup is the text of /proc/PID/cgroup (cgroups(7)). The page cache is not in these keys:
-    it is the machine's, and goes when memory is needed.
-    """
-    paths = {}
-    for line in cgroup.splitlines():
-        _, controllers, path = line.split(":", 2)
-        paths.update(dict.fromkeys(controllers.split(","), path))
-    if "memory" in paths:  # v1, or the hybrid of both
-        return f"{root}/memory{paths['memory']}", (b"total_rss", b"total_mapped_file")
-    return f"{root}{paths.get('', '/..')}", (b"anon", b"file_mapped")
-
-
-# `auto` takes the first of these services that runs: (service, role).
-ROLE_ORDER = (
-    ("wildduck", "wildduck"),
-    ("zonemta", "zonemta-outbound"),
-    ("haraka", "haraka"),
-    ("rspamd", "rspamd"),
-    ("mongodb", "mongodb"),
-    ("redis", "redis"),
-)
-ROLE_RANK = [role for _, role in ROLE_ORDER] + ["unknown"]
-
-
-def find_role(processes: Mapping[str, Mapping[str, Any]], current: str) -> str:
-    """Return the role that the running services give; it only ever moves up the list."""
-    for service, role in ROLE_ORDER:
-        if processes.get(service, {}).get("status") == "running":
-            return min(role, current, key=ROLE_RANK.index)
-    return current
+def phase(node_id: str) -> float:
+    """Return 0 to 1, the same for a node each time: nodes that start together part with it."""
+    return zlib.crc32(node_id.encode()) / 2**32
 
 
 def log_crash(said: set[str], what: str) -> None:
@@ -1264,6 +291,9 @@ def log_crash(said: set[str], what: str) -> None:
     if kind not in said:
         said.add(kind)
         log.exception("%s", what)
+
+
+# --- collecting --------------------------------------------------------------------------
 
 
 class Collector:
@@ -1557,182 +587,24 @@ class Collector:
         return {f"port_{port}": is_open for port, is_open in found.items()}
 
 
-def _reason(error: BaseException) -> str:
-    """Say in a few words, the same each time, why something could not be read."""
-    if isinstance(error, OSError) and error.errno:
-        where = f" ({error.filename})" if error.filename else ""
-        return (error.strerror or os.strerror(error.errno)) + where
-    return _printable(str(error))[:EXCERPT_CHARS] or type(error).__name__
+def find_role(processes: Mapping[str, Mapping[str, Any]], current: str) -> str:
+    """Return the role that the running services give; it only ever moves up the list."""
+    for service, role in ROLE_ORDER:
+        if processes.get(service, {}).get("status") == "running":
+            return min(role, current, key=ROLE_RANK.index)
+    return current
 
 
-def mount_of(path: str, mounts: list[Mount], hops: int = 40) -> Mount:
-    """Return the mount that a path lies on. Follows links, but never into a network file system.
-
-    Raises FileNotFoundError if there is no such path.
-    """
-    path = os.path.normpath(path)
-    on_the_way = [m for m in mounts if f"{path}/".startswith(f"{m.path.rstrip('/')}/")]
-    mount = max(on_the_way, key=lambda m: len(m.path))
-    mount = [m for m in on_the_way if m.path == mount.path][-1]  # the last one hides the others
-    if is_network(mount.fstype):
-        return mount
-    for end in (i for i, c in enumerate(f"{path}/") if c == "/" and i):
-        if os.path.islink(path[:end]) and hops:
-            target = os.path.join(os.path.dirname(path[:end]), os.readlink(path[:end]))
-            return mount_of(f"{target}{path[end:]}", mounts, hops - 1)
-    os.lstat(path)
-    return mount
+# --- the buffer --------------------------------------------------------------------------
 
 
-def visible_mount_id(path: str, proc: str = "/proc") -> int:
-    """Return the id of the mount that one really gets at a path (proc_pid_fdinfo(5))."""
-    fd = os.open(path, os.O_PATH | os.O_CLOEXEC)
-    try:
-        info = read_bytes(f"{proc}/self/fdinfo/{fd}")
-    finally:
-        os.close(fd)
-    found = re.search(rb"^mnt_id:\s*(\d+)", info, re.MULTILINE)
-    return int(found[1]) if found else -1
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One neutral sample, on its way from the collector to the dashboard."""
 
-
-# linux/if_arp.h: TUNNEL, TUNNEL6, SIT, IPGRE, IP6GRE, and NONE for tun and WireGuard.
-TUNNEL = re.compile(rb"^((768|769|776|778|823|65534)|DEVTYPE=(vxlan|geneve))$", re.MULTILINE)
-
-
-def _is_upper(interface: str) -> bool:
-    """Tell whether what an interface carries goes through another one too."""
-    try:
-        if any(entry.startswith("lower_") for entry in os.listdir(interface)):
-            return True
-        facts = read_bytes(f"{interface}/type") + read_bytes(f"{interface}/uevent")
-        return TUNNEL.search(facts) is not None
-    except OSError:
-        return False
-
-
-def own_rss_bytes() -> int:
-    return int(read_bytes("/proc/self/statm").split()[1]) * PAGE_BYTES
-
-
-def next_tick(due: float, now: float, interval: float) -> float:
-    """Return the first tick after now; missed ones are skipped, not made up in a burst."""
-    return due + interval * (max(0, math.floor((now - due) / interval)) + 1)
-
-
-def phase(node_id: str) -> float:
-    """Return 0 to 1, the same for a node each time: nodes that start together part with it."""
-    return zlib.crc32(node_id.encode()) / 2**32
-
-
-# --- what outlives the process -------------------------------------------------------------
-
-SAMPLE_LIMIT_BYTES = 64 * 1024  # of a file; of the JSON in it: 16 times that
-ASIDE_LIMIT = 10  # what was put aside is kept to be looked at, but not for ever
-TIMESTAMP = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z")
-
-
-def read_sample(seq: int, packed: bytes) -> Sample:
-    """Return the sample that a file holds; ValueError if it is torn or not a sample."""
-    inflate = zlib.decompressobj()
-    try:
-        text = inflate.decompress(packed, 16 * SAMPLE_LIMIT_BYTES)
-        body = json.loads(text, parse_constant=_no_constant)
-    except (zlib.error, RecursionError) as error:
-        raise ValueError(str(error)) from None
-    if not inflate.eof or inflate.unused_data or not isinstance(body, dict):
-        raise ValueError("it is cut off, or has something behind it")
-    stamp, role = body.get("timestamp"), body.get("role")
-    if not isinstance(body.get("system"), dict) or not TIMESTAMP.fullmatch(str(stamp)):
-        raise ValueError("it is not a sample")
-    if role not in ROLE_PORTS:
-        raise ValueError("it has no role")
-    return Sample(seq, role, packed)
-
-
-def _no_constant(name: str) -> None:
-    raise ValueError(f"{name} is not JSON")
-
-
-class State:
-    """What outlives the process, below STATE_DIRECTORY: the samples that wait, and the role.
-
-    buffer/SEQ.sample holds a sample as it is in memory; `aside` what was found there and is
-    none. Nothing is synced, the disk is the mail server's: a power cut may leave torn files.
-    All but role() raise OSError when the disk fails.
-    """
-
-    def __init__(self, folder: str) -> None:
-        self._role = os.path.join(folder, "role")
-        self._aside = os.path.join(folder, "aside")
-        self._buffer = os.path.join(folder, "buffer")
-
-    def load(self) -> tuple[list[Sample], int]:
-        """Return the samples, oldest first, and how many files were put aside as none."""
-        samples, aside = [], 0
-        os.makedirs(self._buffer, exist_ok=True)
-        with os.scandir(self._buffer) as entries:
-            found = list(entries)
-        for entry in found:
-            try:
-                seq = int(re.sub(r"\.sample$", "", entry.name))
-                if entry.path != self._path(seq) or not entry.is_file(follow_symlinks=False):
-                    raise ValueError("not a file of ours")
-                samples.append(read_sample(seq, read_bytes(entry.path, SAMPLE_LIMIT_BYTES + 1)))
-            except (OSError, ValueError):
-                aside += self._put_aside(entry.path)
-        return sorted(samples, key=lambda sample: sample.seq), aside
-
-    def _put_aside(self, path: str) -> bool:
-        """Move a file out of the way; what was being written when we were killed is no loss."""
-        try:
-            if path.endswith(".new"):
-                os.unlink(path)
-                return False
-            os.makedirs(self._aside, exist_ok=True)
-            os.replace(path, os.path.join(self._aside, f"{time.time_ns()}"))
-            for name in sorted(os.listdir(self._aside))[:-ASIDE_LIMIT]:
-                os.unlink(os.path.join(self._aside, name))
-        except OSError:
-            pass  # it stays, and is no sample the next time either
-        return True
-
-    def write(self, sample: Sample) -> None:
-        """Write a sample so that it is there as a whole or not at all."""
-        self._replace(self._path(sample.seq), sample.packed)
-
-    def remove(self, seq: int) -> None:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(self._path(seq))
-
-    def role(self) -> str:
-        """Return the role that was found in an earlier life, "unknown" if none was."""
-        try:
-            role = read_bytes(self._role, 100).decode("ascii", "replace").strip()
-        except OSError:
-            return "unknown"
-        return role if role in ROLE_RANK else "unknown"
-
-    def remember_role(self, role: str) -> None:
-        self._replace(self._role, f"{role}\n".encode())
-
-    def _path(self, seq: int) -> str:
-        return os.path.join(self._buffer, f"{seq:012}.sample")
-
-    @staticmethod
-    def _replace(path: str, data: bytes) -> None:
-        os.makedirs(os.path.dirname(path), exist_ok=True)
-        try:
-            with open(f"{path}.new", "wb", buffering=0) as stream:
-                if stream.write(data) != len(data):
-                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            os.replace(f"{path}.new", path)
-        except OSError:
-            with contextlib.suppress(OSError):
-                os.unlink(f"{path}.new")
-            raise
-
-
-# --- the buffer ---------------------------------------------------------------------------
+    seq: int
+    role: str  # of the node at that time
+    packed: bytes  # zlib over the JSON of the sample: no node id, no dialect
 
 
 @dataclass(frozen=True, slots=True)
@@ -1907,767 +779,7 @@ class Buffer:
             log.warning("what waits is kept in memory only: %s", _reason(error))
 
 
-# --- what the dashboard is told: dialects -------------------------------------------------
-
-
-class Request(NamedTuple):
-    """A POST, ready to be sent."""
-
-    path: str
-    headers: dict[str, str]
-    body: bytes
-
-
-@dataclass(frozen=True, slots=True)
-class Node:
-    """What a node registers with."""
-
-    node_id: str
-    hostname: str
-    ip: str
-    role: str
-    services: tuple[str, ...] = ()  # that were found on it, by their names in a sample
-
-
-class Fate(Enum):
-    """What becomes of a sample after an answer."""
-
-    DELIVERED = "delivered"
-    RETRY = "tried again after a pause, then kept"
-    KEPT = "kept; tried again at the next heartbeat"
-    REGISTER = "kept; the node registers and tries once more"
-    REFUSED = "refused for good, if the dashboard took others lately; else kept"
-
-
-class Sign(NamedTuple):
-    """An answer that means more in one dialect than its status says."""
-
-    statuses: tuple[int, ...]
-    holds: bytes  # what its body holds, in lower case
-    fate: Fate
-    advice: str
-
-
-OTHER_DIALECT = "the dashboard speaks another dialect: set DASHBOARD_API={}"
-
-# What a dialect can hold. A value that does not fit is left out: for one number that it cannot
-# store, a dashboard would refuse the whole sample, or answer 500 to it for ever.
-Fits = Callable[[Any], bool]
-
-
-def _real(high: float = 1e12, low: float = 0.0) -> Fits:
-    return lambda value: type(value) in (int, float) and low <= value <= high  # NaN is not
-
-
-def _integer(high: int = 2**53 - 1, low: int = 0) -> Fits:  # what JavaScript holds exactly
-    return lambda value: type(value) is int and low <= value <= high
-
-
-def _text(pattern: str) -> Fits:
-    return lambda value: isinstance(value, str) and bool(re.fullmatch(pattern, value))
-
-
-def _list_of(fits: Fits, low: int = 0, high: int = 10_000) -> Fits:
-    return lambda value: (
-        isinstance(value, list) and low <= len(value) <= high and all(map(fits, value))
-    )
-
-
-def _row(**columns: Fits) -> Fits:
-    """A record that stands or falls as a whole."""
-    return lambda value: (
-        isinstance(value, dict) and value.keys() == columns.keys()
-        and all(fits(value[name]) for name, fits in columns.items())
-    )
-
-
-def _named(pattern: str, fits: Fits) -> Callable[[str], Fits | None]:
-    return lambda name: fits if re.fullmatch(pattern, name) else None
-
-
-def _dict(value: Any) -> dict[str, Any]:
-    return value if isinstance(value, dict) else {}
-
-
-def _timestamp(neutral: Mapping[str, Any]) -> dict[str, Any]:
-    return {k: v for k, v in neutral.items() if k == "timestamp" and isinstance(v, str)}
-
-
-PERCENT, AMOUNT, COUNT = _real(100), _real(), _integer()
-INT4 = _integer(2**31 - 1)  # a column of PostgreSQL's that holds no more
-LOADS = _list_of(AMOUNT, 3, 3)
-FOUND = _row(
-    status=_text("running|stopped"), pid=_integer(2**31 - 1, 1),
-    memory_mb=AMOUNT, cpu_percent=AMOUNT,
-)
-NOT_FOUND = _row(
-    status=_text("not_found"), pid=lambda pid: pid is None, memory_mb=AMOUNT, cpu_percent=AMOUNT
-)
-
-
-def is_process(value: Any) -> bool:
-    return FOUND(value) or NOT_FOUND(value)
-
-
-@dataclass(frozen=True, slots=True)
-class Dialect:
-    """How one kind of dashboard is spoken to; a sample is neutral until it is posted."""
-
-    headers: Callable[[str], dict[str, str]]  # with the key
-    node: Callable[[Node], dict[str, Any]]  # the body of a registration
-    body: Callable[[bytes, str], dict[str, Any]]  # that of a packed sample, under a node id
-    signs: tuple[Sign, ...]
-    is_gzip: bool  # samples are
-    confirms_id: bool  # samples go under the id in the answer to a registration
-
-    def register(self, node: Node, key: str) -> Request:
-        return Request("/api/v1/nodes", self.headers(key), _json(self.node(node)))
-
-    def sample(self, packed: bytes, node_id: str, key: str) -> Request:
-        """Render a neutral sample; the same bytes each time for the same node id."""
-        headers, body = self.headers(key), _json(self.body(packed, node_id))
-        if self.is_gzip:
-            headers, body = {**headers, "Content-Encoding": "gzip"}, gzip.compress(body, mtime=0)
-        return Request("/api/v1/metrics/system", headers, body)
-
-    def confirmed_id(self, answer: bytes) -> str | None:
-        return confirmed_id(answer) if self.confirms_id else None
-
-
-V1_SYSTEM: dict[str, Fits] = {
-    **dict.fromkeys(("cpu_percent", "ram_used_percent", "disk_used_percent"), PERCENT),
-    **dict.fromkeys(
-        (
-            "ram_used_bytes", "ram_total_bytes", "disk_free_bytes", "disk_read_bytes_sec",
-            "disk_write_bytes_sec", "net_rx_bytes_sec", "net_tx_bytes_sec", "net_rx_errors",
-            "net_tx_errors", "tcp_established", "tcp_time_wait", "tcp_close_wait", "open_files",
-            "uptime_seconds",
-        ), COUNT,
-    ),
-    "load_avg": LOADS,
-    "cpu_cores": _list_of(_row(core=COUNT, percent=PERCENT), 1),
-    "disks": _list_of(_row(mount=_text("/.*"), used_percent=PERCENT, free_bytes=COUNT)),
-}
-V1_AGENT: dict[str, Fits] = {
-    **dict.fromkeys(
-        ("buffered", "sent_total", "dropped_total", "refused_total", "collect_errors"), COUNT
-    ),
-    "version": _text(r"\d+\.\d+\.\d+.*"),
-    "rss_bytes": _integer(low=1),
-    "cpu_seconds": AMOUNT,
-    "collect_ms": AMOUNT,
-    "clock_offset_sec": _integer(low=-(2**53 - 1)),
-}
-V1_PARTS: dict[str, Callable[[str], Fits | None]] = {
-    "system": V1_SYSTEM.get,
-    "processes": _named(r"[a-z0-9][a-z0-9_.-]*", is_process),
-    "services": _named(r"port_\d{1,5}", lambda value: isinstance(value, bool)),
-    "agent": V1_AGENT.get,
-}
-
-
-def _v1_node(node: Node) -> dict[str, Any]:
-    return {
-        "node_id": node.node_id, "hostname": node.hostname, "ip": node.ip,
-        "role": node.role, "version": VERSION,
-    }
-
-
-def _v1_body(packed: bytes, node_id: str) -> dict[str, Any]:
-    neutral = _dict(unpack(packed))
-    body: dict[str, Any] = {"node_id": node_id, **_timestamp(neutral)}
-    for part, find in V1_PARTS.items():
-        values = {
-            name: value for name, value in _dict(neutral.get(part)).items()
-            if (fits := find(name)) and fits(value)
-        }
-        if values or part == "system":
-            body[part] = values
-    return body
-
-
-# README's wire contract: Bearer key, snake_case, samples as gzip JSON.
-V1 = Dialect(
-    headers=lambda key: {"Authorization": f"Bearer {key}", "Content-Type": "application/json"},
-    node=_v1_node,
-    body=_v1_body,
-    signs=(
-        Sign((401,), b"x-api-key", Fate.KEPT, OTHER_DIALECT.format("tinomail-monitor")),
-        Sign((400, 415), b"fst_err_ctp_", Fate.KEPT, OTHER_DIALECT.format("tinomail-monitor")),
-    ),
-    is_gzip=True,
-    confirms_id=True,
-)
-
-
-# Our name for it -> that dialect's, and what it can hold.
-MONITOR_SYSTEM: dict[str, tuple[str, Fits]] = {
-    "cpu_percent": ("cpuPercent", PERCENT),
-    "ram_used_percent": ("ramPercent", PERCENT),
-    "ram_used_bytes": ("ramUsedBytes", COUNT),
-    "disk_used_percent": ("diskPercent", PERCENT),
-    "disk_free_bytes": ("diskFreeBytes", COUNT),
-    "disk_read_bytes_sec": ("diskReadBytesSec", COUNT),
-    "disk_write_bytes_sec": ("diskWriteBytesSec", COUNT),
-    "net_rx_bytes_sec": ("netRxBytesSec", COUNT),
-    "net_tx_bytes_sec": ("netTxBytesSec", COUNT),
-    "net_rx_errors": ("netRxErrors", COUNT),
-    "net_tx_errors": ("netTxErrors", COUNT),
-    "tcp_established": ("tcpEstablished", INT4),
-    "tcp_time_wait": ("tcpTimeWait", INT4),
-    "open_files": ("openFiles", INT4),
-}
-# No others: a name that it does not know might cost the whole sample.
-MONITOR_NAMES = {
-    "zonemta": "zone-mta", "wildduck": "wildduck", "haraka": "haraka", "rspamd": "rspamd",
-    "redis": "redis-server", "mongodb": "mongod",
-}
-
-
-def _monitor_node(node: Node) -> dict[str, Any]:
-    metadata = {
-        "agentVersion": VERSION, "platform": sys.platform, "arch": platform.machine(),
-        "detectedServices": [name for name in node.services if name in SERVICES],
-    }
-    with contextlib.suppress(OSError, ValueError):  # none, or not UTF-8
-        system = platform.freedesktop_os_release()  # os-release(5)
-        metadata |= {"distro": system["NAME"], "release": system.get("VERSION_ID", "rolling")}
-    return {
-        "nodeId": node.node_id, "hostname": node.hostname, "role": node.role,
-        "ipAddress": node.ip.partition("%")[0],  # fe80::1%eth0
-        "metadata": metadata,
-    }
-
-
-def _monitor_body(packed: bytes, node_id: str) -> dict[str, Any]:
-    neutral = _dict(unpack(packed))
-    system, role = _dict(neutral.get("system")), str(neutral.get("role"))
-    body: dict[str, Any] = {
-        "nodeId": node_id, "nodeRole": role if role in ROLE_PORTS else "unknown",
-        **_timestamp(neutral),
-    }
-    for ours, (theirs, fits) in MONITOR_SYSTEM.items():
-        if fits(system.get(ours)):
-            body[theirs] = system[ours]
-    if LOADS(system.get("load_avg")):
-        body |= zip(("load1m", "load5m", "load15m"), system["load_avg"])
-    processes = [
-        {"name": MONITOR_NAMES[name], "running": process["status"] == "running",
-         "cpuPercent": process["cpu_percent"], "memoryMB": process["memory_mb"],
-         **({"pid": process["pid"]} if process["pid"] else {})}
-        for name, process in _dict(neutral.get("processes")).items()
-        if name in MONITOR_NAMES and is_process(process)
-    ]
-    # The node counts as alive only with processes, but where none could be read, "not running"
-    # would be a lie: the rest of the sample is posted without them.
-    return {**body, "processes": processes} if processes else body
-
-
-# TinoMail Monitor as it is deployed: x-api-key, camelCase, never gzip, never null. It takes
-# samples of nodes that it does not know, so that a 404 never asks for a registration.
-MONITOR = Dialect(
-    headers=lambda key: {"x-api-key": key, "Content-Type": "application/json"},
-    node=_monitor_node,
-    body=_monitor_body,
-    signs=(
-        Sign((401,), b"", Fate.KEPT,
-             "the dashboard does not accept API_KEY: set the key that it gave out; "
-             "if it is that one, " + OTHER_DIALECT.format("v1")),
-        Sign((403,), b'"blocked"', Fate.KEPT, "the dashboard blocks this node: unblock it there"),
-        Sign((404,), b"", Fate.KEPT, "no such address: is DASHBOARD_URL right?"),
-    ),
-    is_gzip=False,
-    confirms_id=False,
-)
-
-
-def _json(body: Mapping[str, Any]) -> bytes:
-    return json.dumps(body, separators=(",", ":"), allow_nan=False).encode()
-
-
-DIALECTS = {"v1": V1, "tinomail-monitor": MONITOR}
-
-
-def node_of(config: Config, sample: Sample, ip: str) -> Node:
-    """Say who registers: this machine, with what it ran in that sample."""
-    processes = _dict(_dict(unpack(sample.packed)).get("processes"))
-    found = tuple(name for name, process in processes.items() if FOUND(process))
-    hostname = _printable(socket.gethostname())[:255]
-    return Node(config.node_id, hostname, ip, sample.role, found)
-
-
-# --- the way to the dashboard -------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class Answer:
-    """What came back from a POST. Status 0: no answer, and `reason` says why."""
-
-    status: int
-    reason: str = ""
-    body: bytes = b""
-    content_type: str = ""
-    date: str = ""
-    retry_after: str = ""
-    location: str = ""
-    took_s: float = 0.0
-
-
-class AnswerTooLong(Exception):
-    """An answer went over ANSWER_LIMIT_BYTES."""
-
-
-class _BoundedReader(io.RawIOBase):
-    """Reads an answer within the request's deadline and size, however slowly it drips.
-
-    A socket's own timeout starts anew with every byte that arrives.
-    """
-
-    def __init__(self, inner: Any, sock: socket.socket, adapter: _DeadlineAdapter) -> None:
-        self._inner = inner
-        self._sock = sock
-        self._adapter = adapter
-        self._left = ANSWER_LIMIT_BYTES
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int | None:
-        seconds = self._adapter.deadline - time.monotonic()
-        if seconds <= 0:
-            raise TimeoutError
-        if self._left <= 0:
-            raise AnswerTooLong
-        self._sock.settimeout(seconds)
-        count: int = self._inner.raw.readinto(memoryview(buffer)[: self._left])
-        self._left -= count
-        self._adapter.received += count
-        return count
-
-    def close(self) -> None:
-        self._inner.close()
-        super().close()
-
-
-class _DeadlineAdapter(requests.adapters.HTTPAdapter):
-    """requests' adapter, with one kept-alive connection and a total deadline per request.
-
-    The deadline begins anew when a name has been resolved: getaddrinfo() cannot be bounded.
-    """
-
-    def __init__(self, context: ssl.SSLContext | None) -> None:
-        self._context = context
-        self._limit_s = self.deadline = 0.0
-        self.target: tuple[Any, ...] | None = None  # the socket address last connected to
-        self.connects = 0  # tries
-        self.received = 0  # bytes
-        super().__init__(pool_connections=1, pool_maxsize=1, max_retries=0)
-
-    def begin(self, limit_s: float) -> None:
-        self._limit_s = limit_s
-        self.deadline = time.monotonic() + limit_s
-
-    def init_poolmanager(self, *args: Any, **kwargs: Any) -> None:
-        super().init_poolmanager(*args, **kwargs, ssl_context=self._context)
-        adapter = self
-
-        class Response(http.client.HTTPResponse):
-            def __init__(self, sock: socket.socket, *args: Any, **kwargs: Any) -> None:
-                super().__init__(sock, *args, **kwargs)
-                inner: Any = self.fp
-                self.fp = io.BufferedReader(_BoundedReader(inner, sock, adapter))
-
-            def _read_status(self) -> tuple[str, int, str]:
-                """Skip all interim answers as http.client skips 100 (RFC 9110, 15.2)."""
-                version, status, reason = super()._read_status()  # type: ignore[misc]
-                return version, 100 if 102 <= status < 200 else status, reason
-
-        class Connection(urllib3.connection.HTTPConnection):
-            response_class = Response
-
-            def _new_conn(self) -> socket.socket:
-                return adapter._connect(self.host, self.port)
-
-        class TlsConnection(urllib3.connection.HTTPSConnection):
-            response_class = Response
-
-            def _new_conn(self) -> socket.socket:
-                return adapter._connect(self.host, self.port)
-
-        class Pool(urllib3.HTTPConnectionPool):
-            ConnectionCls = Connection
-
-        class TlsPool(urllib3.HTTPSConnectionPool):
-            ConnectionCls = TlsConnection
-
-        self.poolmanager.pool_classes_by_scheme = {"http": Pool, "https": TlsPool}
-
-    def cert_verify(self, conn: Any, url: str, verify: Any, cert: Any) -> None:
-        """Leave the trust to our own context: requests would add its own CA file to it."""
-        conn.cert_reqs = "CERT_REQUIRED"
-
-    def _connect(self, host: str, port: int) -> socket.socket:
-        self.connects += 1
-        addresses = resolve(host, port)
-        self.deadline = time.monotonic() + self._limit_s
-        error: OSError = OSError(errno.EHOSTUNREACH, "")
-        for index, (family, address) in enumerate(addresses):
-            left = max(0.001, self.deadline - time.monotonic())
-            sock = socket.socket(family, socket.SOCK_STREAM)
-            try:
-                sock.settimeout(left / (len(addresses) - index))
-                sock.connect(address)
-                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-                sock.settimeout(max(0.001, self.deadline - time.monotonic()))
-                self.target = address
-                return sock
-            except OSError as failure:
-                sock.close()
-                error = failure
-        raise error
-
-
-def resolve(host: str, port: int) -> list[tuple[int, tuple[Any, ...]]]:
-    """Return (family, socket address) of a host, in the order to try them."""
-    found = socket.getaddrinfo(host.strip("[]"), port, type=socket.SOCK_STREAM)
-    return [(family, address) for family, _, _, _, address in found]
-
-
-SYSTEM_CA = "/etc/ssl/certs/ca-certificates.crt"
-# From libraries that do not declare what they have had for ten years.
-certifi_bundle: Callable[[], str] = requests.certs.where  # type: ignore[attr-defined]
-URLLIB3_VERSION: str = urllib3.__version__  # type: ignore[attr-defined]
-WrongName: type[Exception] = urllib3.connection.CertificateError  # type: ignore[attr-defined]
-
-
-def tls_context(ca_bundle: str) -> ssl.SSLContext:
-    """Return a context that trusts CA_BUNDLE, else the system's store, else certifi's."""
-    for path in [ca_bundle] if ca_bundle else [SYSTEM_CA, certifi_bundle()]:
-        try:
-            context = ssl.create_default_context(cafile=path)
-        except OSError as error:  # ssl.SSLError is one
-            last = error
-            continue
-        # urllib3 1.26 names no IP address to OpenSSL: it compares the certificate's names itself.
-        context.check_hostname = not URLLIB3_VERSION.startswith("1.")
-        return context
-    raise last
-
-
-# X509_V_ERR_* of openssl/x509_vfy.h: what is wrong with a certificate.
-CERTIFICATE_PROBLEMS = {
-    9: "is not valid yet (are the clocks right?)",
-    10: "has expired",
-    18: "is self-signed",
-    19: "comes from a CA that this node does not trust",
-    20: "comes from a CA that this node does not trust",
-    21: "comes from a CA that this node does not trust",
-    62: "is for another name",
-    64: "is for another IP address",
-}
-
-# Why there was no answer, in our own words: an exception's text may hold the key. First match.
-NETWORK_PROBLEMS: tuple[tuple[Any, Callable[[Any], str]], ...] = (
-    (
-        ssl.SSLCertVerificationError,
-        lambda e: f"the dashboard's certificate {CERTIFICATE_PROBLEMS.get(e.verify_code, 'is bad')}"
-        " (CA_BUNDLE names the CA to trust)",
-    ),
-    (
-        WrongName,
-        lambda e: f"the dashboard's certificate {CERTIFICATE_PROBLEMS[62]}"
-        " (CA_BUNDLE names the CA to trust)",
-    ),
-    (socket.gaierror, lambda e: "the name in DASHBOARD_URL cannot be resolved"),
-    (TimeoutError, lambda e: "no complete answer in time (a firewall, or a dashboard that hangs)"),
-    (ConnectionRefusedError, lambda e: "connection refused"),
-    (
-        (ConnectionError, http.client.IncompleteRead, ssl.SSLEOFError, ssl.SSLZeroReturnError),
-        lambda e: "the connection was closed before the answer was complete",
-    ),
-    (
-        ssl.SSLError,
-        lambda e: f"TLS failed ({e.reason or 'no reason given'}); is this an https:// address?",
-    ),
-    (AnswerTooLong, lambda e: "the headers of the answer are too long"),
-    (http.client.HTTPException, lambda e: "the answer is not HTTP; is DASHBOARD_URL right?"),
-)
-
-
-def explain(error: BaseException) -> str:
-    """Say why there was no answer, without a word of the exception's own text."""
-    causes = list(_causes(error))
-    for kind, words in NETWORK_PROBLEMS:
-        for cause in causes:
-            if isinstance(cause, kind):
-                return words(cause)
-    codes = [c.errno for c in causes if isinstance(c, OSError) and isinstance(c.errno, int)]
-    return os.strerror(codes[-1]) if codes else f"the request failed ({type(error).__name__})"
-
-
-def _causes(error: BaseException) -> Iterator[BaseException]:
-    seen: list[BaseException] = []
-    ahead: list[Any] = [error]
-    while ahead:
-        one = ahead.pop(0)
-        if isinstance(one, BaseException) and not any(one is other for other in seen):
-            seen.append(one)
-            yield one
-            ahead += [one.__cause__, one.__context__, getattr(one, "reason", None), *one.args]
-
-
-class Transport:
-    """Posts to the dashboard: one session, one connection, nothing taken from the environment."""
-
-    def __init__(self, base_url: str, ca_bundle: str = "") -> None:
-        self._base_url = base_url
-        secure = base_url.startswith("https://")
-        self._adapter = _DeadlineAdapter(tls_context(ca_bundle) if secure else None)
-        self._session = requests.Session()
-        self._session.trust_env = False  # no proxy, no ~/.netrc, no REQUESTS_CA_BUNDLE
-        self._session.headers.clear()
-        self._session.headers["User-Agent"] = f"tinomail-agent/{VERSION}"
-        self._session.headers["Accept-Encoding"] = "identity"
-        self._session.cookies.set_policy(_NoCookies())
-        self._session.mount("https://", self._adapter)
-        self._session.mount("http://", self._adapter)
-
-    def post(self, request: Request, limit_s: float = REQUEST_DEADLINE_S) -> Answer:
-        """Send one POST; returns within limit_s, name resolution aside, and never raises
-        for what the network or the dashboard does."""
-        started = time.monotonic()
-        self._adapter.begin(limit_s)
-        while True:
-            connects, received = self._adapter.connects, self._adapter.received
-            try:
-                answer = self._post(request, limit_s)
-            except (OSError, http.client.HTTPException, urllib3.exceptions.HTTPError, ValueError,
-                    AnswerTooLong) as error:
-                answer = Answer(0, explain(error))
-                reused = self._adapter.connects == connects
-                if reused and self._adapter.received == received and _is_closed(error):
-                    continue  # the server had closed the idle connection: a new one, at once
-            return dataclasses.replace(answer, took_s=time.monotonic() - started)
-
-    def _post(self, request: Request, limit_s: float) -> Answer:
-        with self._session.post(
-            self._base_url + request.path, data=request.body, headers=request.headers,
-            timeout=limit_s, allow_redirects=False, stream=True,
-        ) as response:
-            return Answer(
-                response.status_code,
-                body=_decoded(_read_body(response.raw), response.headers),
-                content_type=response.headers.get("Content-Type", ""),
-                date=response.headers.get("Date", ""),
-                retry_after=response.headers.get("Retry-After", ""),
-                location=response.headers.get("Location", ""),
-            )
-
-    def source_ip(self) -> str | None:
-        """Return this machine's address on the way to the dashboard, or None.
-
-        Resolves the dashboard's name only before the first connection.
-        """
-        if self._adapter.target is not None:
-            return source_ip(self._adapter.target)
-        parts = urlsplit(self._base_url)
-        port = parts.port or (443 if parts.scheme == "https" else 80)
-        try:
-            targets = resolve(parts.hostname or "", port)
-        except (OSError, UnicodeError):
-            return None
-        return next(filter(None, (source_ip(address) for _, address in targets)), None)
-
-    def close(self) -> None:
-        self._session.close()
-
-
-def _is_closed(error: BaseException) -> bool:
-    kinds = (ConnectionError, ssl.SSLEOFError, ssl.SSLZeroReturnError)
-    return any(isinstance(cause, kinds) for cause in _causes(error))
-
-
-class _NoCookies(http.cookiejar.DefaultCookiePolicy):
-    def set_ok(self, cookie: Any, request: Any) -> bool:
-        return False
-
-
-def _read_body(raw: Any) -> bytes:
-    """Read an answer's body, at most ANSWER_LIMIT_BYTES of it."""
-    body = bytearray()
-    try:
-        while len(body) < ANSWER_LIMIT_BYTES:
-            part = raw.read(8192, decode_content=False)
-            if not part:
-                if raw.length_remaining:  # urllib3 1.26 does not mind
-                    raise http.client.IncompleteRead(bytes(body))
-                break
-            body += part
-    except AnswerTooLong:
-        pass  # its beginning is all we want
-    return bytes(body)
-
-
-def _decoded(body: bytes, headers: Mapping[str, str]) -> bytes:
-    """Undo a compression that was not asked for; what it is none of stays as it is."""
-    if "Content-Encoding" not in headers:
-        return body
-    try:
-        return zlib.decompressobj(47).decompress(body, ANSWER_LIMIT_BYTES)  # gzip or zlib
-    except zlib.error:
-        return body
-
-
-# --- what an answer leads to --------------------------------------------------------------
-
-
-STATUS_FATES = {
-    400: Fate.REFUSED,
-    404: Fate.REGISTER,
-    408: Fate.RETRY,
-    409: Fate.DELIVERED,  # the dashboard has it already
-    413: Fate.REFUSED,
-    415: Fate.REFUSED,
-    422: Fate.REFUSED,
-    425: Fate.RETRY,
-    429: Fate.RETRY,
-}
-OVERLOADED = (502, 503, 504)
-STATUS_ADVICE = {
-    401: "the dashboard does not accept API_KEY: set the key that it gave out",
-    403: "the dashboard forbids it: look there for a blocked key or node",
-    404: "no such address or node: is DASHBOARD_URL right?",
-}
-
-
-@dataclass(frozen=True, slots=True)
-class Verdict:
-    """What an answer means: the fate of what was posted, and why in words for the log."""
-
-    fate: Fate
-    status: int = 0  # 0: there was no answer
-    problem: str = ""  # the same each time
-    detail: str = ""  # may differ: what the dashboard wrote
-
-    def __str__(self) -> str:
-        return f"{self.problem}: {self.detail}" if self.detail else self.problem
-
-
-def judge(answer: Answer, key: str, signs: tuple[Sign, ...] = ()) -> Verdict:
-    """Return the verdict on the answer to a sample; a dialect's signs come before the tables."""
-    status = answer.status
-    if status == 0:
-        return Verdict(Fate.RETRY, 0, answer.reason)
-    if 200 <= status < 300:
-        if _is_html(answer):
-            return Verdict(
-                Fate.KEPT, status, "a web page answered; DASHBOARD_URL is not the dashboard's"
-            )
-        if _says_failure(answer.body):
-            said = excerpt(answer.body, key)
-            return Verdict(Fate.KEPT, status, f"answered {status} without success", said)
-        return Verdict(Fate.DELIVERED, status)
-    for sign in signs:
-        if status in sign.statuses and sign.holds in answer.body.lower():
-            return Verdict(sign.fate, status, f"answered {status}", sign.advice)
-    fate = STATUS_FATES.get(status, Fate.RETRY if 500 <= status < 600 else Fate.KEPT)
-    if 300 <= status < 400:
-        where = excerpt(answer.location.encode("utf-8", "replace"), key)
-        return Verdict(fate, status, f"answered {status}, a redirect: correct DASHBOARD_URL", where)
-    detail = STATUS_ADVICE.get(status) or excerpt(answer.body, key)
-    return Verdict(fate, status, f"answered {status}", detail)
-
-
-def _is_html(answer: Answer) -> bool:
-    body = answer.body.lstrip(b"\xef\xbb\xbf \t\r\n")
-    if body.startswith(b"<"):
-        return True
-    return "html" in answer.content_type.lower() and body != b"" and parse_json(body) is None
-
-
-def _says_failure(body: bytes) -> bool:
-    value = parse_json(body)
-    return isinstance(value, dict) and value.get("success") is False
-
-
-def parse_json(body: bytes) -> Any:
-    """Return the value of a JSON text, None if it is none."""
-    try:
-        return json.loads(body)
-    except (ValueError, RecursionError):
-        return None
-
-
-def confirmed_id(body: bytes) -> str | None:
-    """Return the node id that an answer to a registration confirms, None if it names none."""
-    top = parse_json(body)
-    places = (top, top.get("data") if isinstance(top, dict) else None)
-    for name in ("node_id", "nodeId", "id"):
-        for place in places:
-            value = place.get(name) if isinstance(place, dict) else None
-            if isinstance(value, (str, int)) and not isinstance(value, bool) and str(value).strip():
-                return str(value)[:255]
-    return None
-
-
-def excerpt(text: bytes, key: str) -> str:
-    """Return the beginning of an answer, fit for the log: one line, and without the key."""
-    shown = text[:ANSWER_LIMIT_BYTES].decode("utf-8", "replace")
-    return _printable(mask(shown, key))[:EXCERPT_CHARS] or "(empty)"
-
-
-def mask(text: str, key: str) -> str:
-    """Replace the key, in whatever spelling an answer or an exception quotes it."""
-    return _spellings(key).sub("***", text) if key else text
-
-
-@functools.lru_cache(maxsize=1)
-def _spellings(key: str) -> re.Pattern[str]:
-    """Match the key with its punctuation as it is, or escaped for a string, JSON, URL or HTML."""
-    letters = []
-    for c in key:
-        code = f"0*{ord(c):x}"
-        names = "".join(f"|{name}" for name, value in HTML_NAMES.items() if value == c)
-        as_html = rf"&(?:#x{code}|#0*{ord(c)}{names});"
-        escaped = rf"(?:\\+[ux]{code}|%{ord(c):02x}|{as_html}|\\*{re.escape(c)})"
-        letters.append(c if c.isalnum() else escaped)
-    return re.compile("".join(letters), re.IGNORECASE)
-
-
-HTML_NAMES = {"amp": "&", "lt": "<", "gt": ">", "quot": '"', "apos": "'"}
-
-
-def http_date(text: str) -> float | None:
-    """Return the epoch seconds of an HTTP date, None if it is none."""
-    try:
-        return parsedate_to_datetime(text).timestamp() if text else None
-    except (ValueError, TypeError, OverflowError, IndexError):
-        return None
-
-
-def retry_after_s(answer: Answer, now: float) -> float:
-    """Return how long the dashboard wants to be left alone, at most RETRY_AFTER_LIMIT_S.
-
-    A date is measured against the answer's own Date: the node's clock may be off.
-    """
-    text = answer.retry_after.strip()
-    if re.fullmatch("[0-9]{1,10}", text):
-        seconds = float(text)
-    else:
-        until = http_date(text)
-        seconds = 0.0 if until is None else until - (http_date(answer.date) or now)
-    return min(RETRY_AFTER_LIMIT_S, max(0.0, seconds))
-
-
-def backoff_s(attempt: int, jitter: float) -> float | None:
-    """Return the pause before retry number `attempt` (from 1), None when there is none left.
-
-    jitter, 0 to 1, spreads it from 75 to 125 %.
-    """
-    return BACKOFF_S[attempt - 1] * (0.75 + 0.5 * jitter) if attempt <= len(BACKOFF_S) else None
-
-
-# --- sending ------------------------------------------------------------------------------
+# --- sending -----------------------------------------------------------------------------
 
 
 class Sender:
@@ -2998,186 +1110,2075 @@ class Sender:
         return f"{state}: {counters.delivered} sent, {counters.waiting} waiting, {self.last}"
 
 
-# --- the service --------------------------------------------------------------------------
+# --- what an answer leads to -------------------------------------------------------------
 
 
-class Notifier:
-    """Speaks to systemd over its notify socket (sd_notify(3)); silent without one."""
+class Fate(Enum):
+    """What becomes of a sample after an answer."""
 
-    def __init__(self, environ: Mapping[str, str]) -> None:
-        self._socket = sdnotify.SystemdNotifier()
-        self.is_systemd = bool(environ.get("NOTIFY_SOCKET"))
-        ours = environ.get("WATCHDOG_PID", str(os.getpid())) == str(os.getpid())
-        micros = environ.get("WATCHDOG_USEC", "0") if ours else "0"
-        self.watchdog_s = int(micros) / 1e6 if micros.isdigit() else 0.0  # 0: no watchdog
-
-    def send(self, *lines: str) -> None:
-        if self.is_systemd:
-            self._socket.notify("\n".join(lines))
+    DELIVERED = "delivered"
+    RETRY = "tried again after a pause, then kept"
+    KEPT = "kept; tried again at the next heartbeat"
+    REGISTER = "kept; the node registers and tries once more"
+    REFUSED = "refused for good, if the dashboard took others lately; else kept"
 
 
-class Agent:
-    """The three threads: this one supervises, `collector` samples, `sender` delivers."""
+STATUS_FATES = {
+    400: Fate.REFUSED,
+    404: Fate.REGISTER,
+    408: Fate.RETRY,
+    409: Fate.DELIVERED,  # the dashboard has it already
+    413: Fate.REFUSED,
+    415: Fate.REFUSED,
+    422: Fate.REFUSED,
+    425: Fate.RETRY,
+    429: Fate.RETRY,
+}
+OVERLOADED = (502, 503, 504)
+STATUS_ADVICE = {
+    401: "the dashboard does not accept API_KEY: set the key that it gave out",
+    403: "the dashboard forbids it: look there for a blocked key or node",
+    404: "no such address or node: is DASHBOARD_URL right?",
+}
 
-    SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
-    def __init__(self, config: Config, environ: Mapping[str, str]) -> None:
-        self._config = config
-        self._stop = threading.Event()
-        folder = environ.get("STATE_DIRECTORY", "").split(":")[0]  # systemd.exec(5)
-        self._state = State(folder) if folder else None
-        self._buffer = Buffer(config.buffer_size, self._state)
-        transport = Transport(config.dashboard_url, config.ca_bundle)
-        self._sender = Sender(config, self._buffer, transport)
-        self._role = self._state.role() if self._state else "unknown"  # as it is on disk
-        self._collector = Collector(
-            config, agent_figures=self._figures, role=self._role,
-            first_seq=self._buffer.last_seq + 1,
-        )
-        self._notifier = Notifier(environ)
-        self._is_ready = False
-        self._next_ping = 0.0
-        self._said_stalled = self._said_large = False
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What an answer means: the fate of what was posted, and why in words for the log."""
 
-    def run(self) -> int:
-        """Run until SIGTERM or SIGINT; return the exit code."""
-        # Their numbers arrive here, one by one; the handlers themselves do nothing. (sigtimedwait()
-        # would do, but makes up a signal when a SIGCONT ends it after its time.)
-        self._signals, wakeup = socket.socketpair()
-        wakeup.setblocking(False)
-        signal.set_wakeup_fd(wakeup.fileno(), warn_on_full_buffer=False)
-        for number in self.SIGNALS:
-            signal.signal(number, lambda *_: None)
-        collector = threading.Thread(target=self._collect, name="collector", daemon=True)
-        sender = threading.Thread(target=self._sender.run, name="sender", daemon=True)
-        collector.start()
-        sender.start()
-        log.info(
-            "TinoMail agent %s started: node %s, a sample every %g s to %s",
-            VERSION, self._config.node_id, self._config.interval_s, self._config.dashboard_url,
-        )
-        self._supervise()
-        self._notifier.send("STOPPING=1", "STATUS=delivering what waits")
-        deadline = time.monotonic() + STOP_LIMIT_S
-        self._stop.set()
-        collector.join(STOP_LIMIT_S - 1.5)  # the sample under way is to be delivered too
-        self._buffer.close()
-        self._buffer.mirror()  # the end may come before all is delivered
-        sender.join(max(0.0, deadline - time.monotonic()))
-        log.info("stopped: %s", self._counters())
-        return 0
+    fate: Fate
+    status: int = 0  # 0: there was no answer
+    problem: str = ""  # the same each time
+    detail: str = ""  # may differ: what the dashboard wrote
 
-    def _collect(self) -> None:
-        """Put a sample into the buffer at every tick; see a second later whether it left."""
-        interval = self._config.interval_s
-        try:
-            self._collector.prime()
-        except Exception:
-            self._collector.crashed()
-        due = time.monotonic() + PRIME_S
-        # To the second sample half to one and a half intervals pass: nodes that were started
-        # together, after a power cut say, do not post together ever after.
-        pause = interval * (0.5 + phase(self._config.node_id))
-        while not self._stop.wait(max(0.0, due - time.monotonic())):
-            self._guarded(self._take_sample)
-            due = next_tick(due + pause - interval, time.monotonic(), interval)
-            pause = interval
-            if self._stop.wait(min(MIRROR_AFTER_S, max(0.0, due - time.monotonic()) / 2)):
-                return
-            self._guarded(self._buffer.mirror)
+    def __str__(self) -> str:
+        return f"{self.problem}: {self.detail}" if self.detail else self.problem
 
-    def _guarded(self, work: Callable[[], None]) -> None:
-        try:
-            work()
-        except Exception:
-            self._collector.crashed()
 
-    def _take_sample(self) -> None:
-        self._buffer.put(self._collector.collect())
-        self._collector.progress = time.monotonic()
-        if self._state and self._config.node_role == "auto" and self._role != self._collector.role:
-            self._role = self._collector.role
-            try:
-                self._state.remember_role(self._role)
-            except OSError as error:
-                log.warning("the role cannot be remembered: %s", _reason(error))
-
-    def _supervise(self) -> None:
-        """Wait for signals; between them see that both threads live, and tell systemd."""
-        while True:
-            pause = SUPERVISE_S if self._is_ready else 0.05
-            if not select.select([self._signals], [], [], pause)[0]:
-                self._look_after()
-            elif self._signals.recv(1)[0] == signal.SIGUSR1:
-                log.info("%s", self._counters())
-            else:
-                return
-
-    def _look_after(self) -> None:
-        if not self._is_ready:
-            if not self._collector.samples:
-                return
-            self._is_ready = True
-            self._notifier.send("READY=1")
-        now = time.monotonic()
-        if now < self._next_ping:
-            return
-        watchdog_s = self._notifier.watchdog_s
-        self._next_ping = now + (min(10.0, watchdog_s / 3) or 10.0)
-        stalled = self._stalled_thread(now, watchdog_s)
-        if stalled and not self._said_stalled:
-            log.critical("the %s hangs: leaving it to systemd's watchdog", stalled)
-        self._said_stalled = bool(stalled)
-        if self._is_too_large():
-            self._notifier.send("WATCHDOG=trigger")
-        elif not stalled:
-            self._notifier.send("WATCHDOG=1", f"STATUS={self._sender.status()}")
-
-    def _stalled_thread(self, now: float, limit_s: float) -> str:
-        """Return the name of a thread that made no progress for the watchdog's time, or ""."""
-        if limit_s > 0:
-            if now - self._collector.progress > limit_s + self._config.interval_s:
-                return "collector"
-            if now - self._sender.progress > limit_s:
-                return "sender"
-        return ""
-
-    def _is_too_large(self) -> bool:
-        try:
-            rss_mib = own_rss_bytes() / MIB
-        except OSError:
-            return False  # out of file descriptors, say
-        too_large = self._notifier.is_systemd and rss_mib > self._config.memory_limit_mb
-        if too_large and not self._said_large:
-            log.critical(
-                "%.0f MiB of memory are more than MEMORY_LIMIT_MB=%d: asking systemd for a restart",
-                rss_mib, self._config.memory_limit_mb,
+def judge(answer: Answer, key: str, signs: tuple[Sign, ...] = ()) -> Verdict:
+    """Return the verdict on the answer to a sample; a dialect's signs come before the tables."""
+    status = answer.status
+    if status == 0:
+        return Verdict(Fate.RETRY, 0, answer.reason)
+    if 200 <= status < 300:
+        if _is_html(answer):
+            return Verdict(
+                Fate.KEPT, status, "a web page answered; DASHBOARD_URL is not the dashboard's"
             )
-        self._said_large = too_large
-        return too_large
+        if _says_failure(answer.body):
+            said = excerpt(answer.body, key)
+            return Verdict(Fate.KEPT, status, f"answered {status} without success", said)
+        return Verdict(Fate.DELIVERED, status)
+    for sign in signs:
+        if status in sign.statuses and sign.holds in answer.body.lower():
+            return Verdict(sign.fate, status, f"answered {status}", sign.advice)
+    fate = STATUS_FATES.get(status, Fate.RETRY if 500 <= status < 600 else Fate.KEPT)
+    if 300 <= status < 400:
+        where = excerpt(answer.location.encode("utf-8", "replace"), key)
+        return Verdict(fate, status, f"answered {status}, a redirect: correct DASHBOARD_URL", where)
+    detail = STATUS_ADVICE.get(status) or excerpt(answer.body, key)
+    return Verdict(fate, status, f"answered {status}", detail)
 
-    def _figures(self) -> dict[str, Any]:
-        counters = self._buffer.counters()
-        figures: dict[str, Any] = {
-            "buffered": counters.waiting,
-            "sent_total": counters.delivered,
-            "dropped_total": counters.dropped,
-            "refused_total": counters.refused,
+
+def _is_html(answer: Answer) -> bool:
+    body = answer.body.lstrip(b"\xef\xbb\xbf \t\r\n")
+    if body.startswith(b"<"):
+        return True
+    return "html" in answer.content_type.lower() and body != b"" and parse_json(body) is None
+
+
+def _says_failure(body: bytes) -> bool:
+    value = parse_json(body)
+    return isinstance(value, dict) and value.get("success") is False
+
+
+def parse_json(body: bytes) -> Any:
+    """Return the value of a JSON text, None if it is none."""
+    try:
+        return json.loads(body)
+    except (ValueError, RecursionError):
+        return None
+
+
+def confirmed_id(body: bytes) -> str | None:
+    """Return the node id that an answer to a registration confirms, None if it names none."""
+    top = parse_json(body)
+    places = (top, top.get("data") if isinstance(top, dict) else None)
+    for name in ("node_id", "nodeId", "id"):
+        for place in places:
+            value = place.get(name) if isinstance(place, dict) else None
+            if isinstance(value, (str, int)) and not isinstance(value, bool) and str(value).strip():
+                return str(value)[:255]
+    return None
+
+
+def retry_after_s(answer: Answer, now: float) -> float:
+    """Return how long the dashboard wants to be left alone, at most RETRY_AFTER_LIMIT_S.
+
+    A date is measured against the answer's own Date: the node's clock may be off.
+    """
+    text = answer.retry_after.strip()
+    if re.fullmatch("[0-9]{1,10}", text):
+        seconds = float(text)
+    else:
+        until = http_date(text)
+        seconds = 0.0 if until is None else until - (http_date(answer.date) or now)
+    return min(RETRY_AFTER_LIMIT_S, max(0.0, seconds))
+
+
+def http_date(text: str) -> float | None:
+    """Return the epoch seconds of an HTTP date, None if it is none."""
+    try:
+        return parsedate_to_datetime(text).timestamp() if text else None
+    except (ValueError, TypeError, OverflowError, IndexError):
+        return None
+
+
+def backoff_s(attempt: int, jitter: float) -> float | None:
+    """Return the pause before retry number `attempt` (from 1), None when there is none left.
+
+    jitter, 0 to 1, spreads it from 75 to 125 %.
+    """
+    return BACKOFF_S[attempt - 1] * (0.75 + 0.5 * jitter) if attempt <= len(BACKOFF_S) else None
+
+
+def excerpt(text: bytes, key: str) -> str:
+    """Return the beginning of an answer, fit for the log: one line, and without the key."""
+    shown = text[:ANSWER_LIMIT_BYTES].decode("utf-8", "replace")
+    return _printable(mask(shown, key))[:EXCERPT_CHARS] or "(empty)"
+
+
+def mask(text: str, key: str) -> str:
+    """Replace the key, in whatever spelling an answer or an exception quotes it."""
+    return _spellings(key).sub("***", text) if key else text
+
+
+@functools.lru_cache(maxsize=1)
+def _spellings(key: str) -> re.Pattern[str]:
+    """Match the key with its punctuation as it is, or escaped for a string, JSON, URL or HTML."""
+    letters = []
+    for c in key:
+        code = f"0*{ord(c):x}"
+        names = "".join(f"|{name}" for name, value in HTML_NAMES.items() if value == c)
+        as_html = rf"&(?:#x{code}|#0*{ord(c)}{names});"
+        escaped = rf"(?:\\+[ux]{code}|%{ord(c):02x}|{as_html}|\\*{re.escape(c)})"
+        letters.append(c if c.isalnum() else escaped)
+    return re.compile("".join(letters), re.IGNORECASE)
+
+
+HTML_NAMES = {"amp": "&", "lt": "<", "gt": ">", "quot": '"', "apos": "'"}
+
+
+# --- what the dashboard is told: dialects ------------------------------------------------
+
+
+class Request(NamedTuple):
+    """A POST, ready to be sent."""
+
+    path: str
+    headers: dict[str, str]
+    body: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Node:
+    """What a node registers with."""
+
+    node_id: str
+    hostname: str
+    ip: str
+    role: str
+    services: tuple[str, ...] = ()  # that were found on it, by their names in a sample
+
+
+@dataclass(frozen=True, slots=True)
+class Dialect:
+    """How one kind of dashboard is spoken to; a sample is neutral until it is posted."""
+
+    headers: Callable[[str], dict[str, str]]  # with the key
+    node: Callable[[Node], dict[str, Any]]  # the body of a registration
+    body: Callable[[bytes, str], dict[str, Any]]  # that of a packed sample, under a node id
+    signs: tuple[Sign, ...]
+    is_gzip: bool  # samples are
+    confirms_id: bool  # samples go under the id in the answer to a registration
+
+    def register(self, node: Node, key: str) -> Request:
+        return Request("/api/v1/nodes", self.headers(key), _json(self.node(node)))
+
+    def sample(self, packed: bytes, node_id: str, key: str) -> Request:
+        """Render a neutral sample; the same bytes each time for the same node id."""
+        headers, body = self.headers(key), _json(self.body(packed, node_id))
+        if self.is_gzip:
+            headers, body = {**headers, "Content-Encoding": "gzip"}, gzip.compress(body, mtime=0)
+        return Request("/api/v1/metrics/system", headers, body)
+
+    def confirmed_id(self, answer: bytes) -> str | None:
+        return confirmed_id(answer) if self.confirms_id else None
+
+
+def node_of(config: Config, sample: Sample, ip: str) -> Node:
+    """Say who registers: this machine, with what it ran in that sample."""
+    processes = _dict(_dict(unpack(sample.packed)).get("processes"))
+    found = tuple(name for name, process in processes.items() if FOUND(process))
+    hostname = _printable(socket.gethostname())[:255]
+    return Node(config.node_id, hostname, ip, sample.role, found)
+
+
+class Sign(NamedTuple):
+    """An answer that means more in one dialect than its status says."""
+
+    statuses: tuple[int, ...]
+    holds: bytes  # what its body holds, in lower case
+    fate: Fate
+    advice: str
+
+
+OTHER_DIALECT = "the dashboard speaks another dialect: set DASHBOARD_API={}"
+
+# What a dialect can hold. A value that does not fit is left out: for one number that it cannot
+# store, a dashboard would refuse the whole sample, or answer 500 to it for ever.
+Fits = Callable[[Any], bool]
+
+
+def _real(high: float = 1e12, low: float = 0.0) -> Fits:
+    return lambda value: type(value) in (int, float) and low <= value <= high  # NaN is not
+
+
+def _integer(high: int = 2**53 - 1, low: int = 0) -> Fits:  # what JavaScript holds exactly
+    return lambda value: type(value) is int and low <= value <= high
+
+
+def _text(pattern: str) -> Fits:
+    return lambda value: isinstance(value, str) and bool(re.fullmatch(pattern, value))
+
+
+def _list_of(fits: Fits, low: int = 0, high: int = 10_000) -> Fits:
+    return lambda value: (
+        isinstance(value, list) and low <= len(value) <= high and all(map(fits, value))
+    )
+
+
+def _row(**columns: Fits) -> Fits:
+    """A record that stands or falls as a whole."""
+    return lambda value: (
+        isinstance(value, dict) and value.keys() == columns.keys()
+        and all(fits(value[name]) for name, fits in columns.items())
+    )
+
+
+def _named(pattern: str, fits: Fits) -> Callable[[str], Fits | None]:
+    return lambda name: fits if re.fullmatch(pattern, name) else None
+
+
+def _dict(value: Any) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
+
+
+def _timestamp(neutral: Mapping[str, Any]) -> dict[str, Any]:
+    return {k: v for k, v in neutral.items() if k == "timestamp" and isinstance(v, str)}
+
+
+PERCENT, AMOUNT, COUNT = _real(100), _real(), _integer()
+INT4 = _integer(2**31 - 1)  # a column of PostgreSQL's that holds no more
+LOADS = _list_of(AMOUNT, 3, 3)
+FOUND = _row(
+    status=_text("running|stopped"), pid=_integer(2**31 - 1, 1),
+    memory_mb=AMOUNT, cpu_percent=AMOUNT,
+)
+NOT_FOUND = _row(
+    status=_text("not_found"), pid=lambda pid: pid is None, memory_mb=AMOUNT, cpu_percent=AMOUNT
+)
+
+
+def is_process(value: Any) -> bool:
+    return FOUND(value) or NOT_FOUND(value)
+
+
+V1_SYSTEM: dict[str, Fits] = {
+    **dict.fromkeys(("cpu_percent", "ram_used_percent", "disk_used_percent"), PERCENT),
+    **dict.fromkeys(
+        (
+            "ram_used_bytes", "ram_total_bytes", "disk_free_bytes", "disk_read_bytes_sec",
+            "disk_write_bytes_sec", "net_rx_bytes_sec", "net_tx_bytes_sec", "net_rx_errors",
+            "net_tx_errors", "tcp_established", "tcp_time_wait", "tcp_close_wait", "open_files",
+            "uptime_seconds",
+        ), COUNT,
+    ),
+    "load_avg": LOADS,
+    "cpu_cores": _list_of(_row(core=COUNT, percent=PERCENT), 1),
+    "disks": _list_of(_row(mount=_text("/.*"), used_percent=PERCENT, free_bytes=COUNT)),
+}
+V1_AGENT: dict[str, Fits] = {
+    **dict.fromkeys(
+        ("buffered", "sent_total", "dropped_total", "refused_total", "collect_errors"), COUNT
+    ),
+    "version": _text(r"\d+\.\d+\.\d+.*"),
+    "rss_bytes": _integer(low=1),
+    "cpu_seconds": AMOUNT,
+    "collect_ms": AMOUNT,
+    "clock_offset_sec": _integer(low=-(2**53 - 1)),
+}
+V1_PARTS: dict[str, Callable[[str], Fits | None]] = {
+    "system": V1_SYSTEM.get,
+    "processes": _named(r"[a-z0-9][a-z0-9_.-]*", is_process),
+    "services": _named(r"port_\d{1,5}", lambda value: isinstance(value, bool)),
+    "agent": V1_AGENT.get,
+}
+
+
+def _v1_node(node: Node) -> dict[str, Any]:
+    return {
+        "node_id": node.node_id, "hostname": node.hostname, "ip": node.ip,
+        "role": node.role, "version": VERSION,
+    }
+
+
+def _v1_body(packed: bytes, node_id: str) -> dict[str, Any]:
+    neutral = _dict(unpack(packed))
+    body: dict[str, Any] = {"node_id": node_id, **_timestamp(neutral)}
+    for part, find in V1_PARTS.items():
+        values = {
+            name: value for name, value in _dict(neutral.get(part)).items()
+            if (fits := find(name)) and fits(value)
         }
-        if self._sender.clock_offset_s is not None:
-            figures["clock_offset_sec"] = self._sender.clock_offset_s
-        return figures
+        if values or part == "system":
+            body[part] = values
+    return body
 
-    def _counters(self) -> str:
-        c = self._buffer.counters()
-        return (
-            f"{c.sampled} sampled, {c.loaded} loaded, {c.delivered} delivered, "
-            f"{c.refused} refused, {c.dropped} dropped, {c.waiting} waiting, "
-            f"{self._collector.collect_errors} collect errors, {self._sender.crashes} crashes"
+
+# README's wire contract: Bearer key, snake_case, samples as gzip JSON.
+V1 = Dialect(
+    headers=lambda key: {"Authorization": f"Bearer {key}", "Content-Type": "application/json"},
+    node=_v1_node,
+    body=_v1_body,
+    signs=(
+        Sign((401,), b"x-api-key", Fate.KEPT, OTHER_DIALECT.format("tinomail-monitor")),
+        Sign((400, 415), b"fst_err_ctp_", Fate.KEPT, OTHER_DIALECT.format("tinomail-monitor")),
+    ),
+    is_gzip=True,
+    confirms_id=True,
+)
+
+# Our name for it -> that dialect's, and what it can hold.
+MONITOR_SYSTEM: dict[str, tuple[str, Fits]] = {
+    "cpu_percent": ("cpuPercent", PERCENT),
+    "ram_used_percent": ("ramPercent", PERCENT),
+    "ram_used_bytes": ("ramUsedBytes", COUNT),
+    "disk_used_percent": ("diskPercent", PERCENT),
+    "disk_free_bytes": ("diskFreeBytes", COUNT),
+    "disk_read_bytes_sec": ("diskReadBytesSec", COUNT),
+    "disk_write_bytes_sec": ("diskWriteBytesSec", COUNT),
+    "net_rx_bytes_sec": ("netRxBytesSec", COUNT),
+    "net_tx_bytes_sec": ("netTxBytesSec", COUNT),
+    "net_rx_errors": ("netRxErrors", COUNT),
+    "net_tx_errors": ("netTxErrors", COUNT),
+    "tcp_established": ("tcpEstablished", INT4),
+    "tcp_time_wait": ("tcpTimeWait", INT4),
+    "open_files": ("openFiles", INT4),
+}
+# No others: a name that it does not know might cost the whole sample.
+MONITOR_NAMES = {
+    "zonemta": "zone-mta", "wildduck": "wildduck", "haraka": "haraka", "rspamd": "rspamd",
+    "redis": "redis-server", "mongodb": "mongod",
+}
+
+
+def _monitor_node(node: Node) -> dict[str, Any]:
+    metadata = {
+        "agentVersion": VERSION, "platform": sys.platform, "arch": platform.machine(),
+        "detectedServices": [name for name in node.services if name in SERVICES],
+    }
+    with contextlib.suppress(OSError, ValueError):  # none, or not UTF-8
+        system = platform.freedesktop_os_release()  # os-release(5)
+        metadata |= {"distro": system["NAME"], "release": system.get("VERSION_ID", "rolling")}
+    return {
+        "nodeId": node.node_id, "hostname": node.hostname, "role": node.role,
+        "ipAddress": node.ip.partition("%")[0],  # fe80::1%eth0
+        "metadata": metadata,
+    }
+
+
+def _monitor_body(packed: bytes, node_id: str) -> dict[str, Any]:
+    neutral = _dict(unpack(packed))
+    system, role = _dict(neutral.get("system")), str(neutral.get("role"))
+    body: dict[str, Any] = {
+        "nodeId": node_id, "nodeRole": role if role in ROLE_PORTS else "unknown",
+        **_timestamp(neutral),
+    }
+    for ours, (theirs, fits) in MONITOR_SYSTEM.items():
+        if fits(system.get(ours)):
+            body[theirs] = system[ours]
+    if LOADS(system.get("load_avg")):
+        body |= zip(("load1m", "load5m", "load15m"), system["load_avg"])
+    processes = [
+        {"name": MONITOR_NAMES[name], "running": process["status"] == "running",
+         "cpuPercent": process["cpu_percent"], "memoryMB": process["memory_mb"],
+         **({"pid": process["pid"]} if process["pid"] else {})}
+        for name, process in _dict(neutral.get("processes")).items()
+        if name in MONITOR_NAMES and is_process(process)
+    ]
+    # The node counts as alive only with processes, but where none could be read, "not running"
+    # would be a lie: the rest of the sample is posted without them.
+    return {**body, "processes": processes} if processes else body
+
+
+# TinoMail Monitor as it is deployed: x-api-key, camelCase, never gzip, never null. It takes
+# samples of nodes that it does not know, so that a 404 never asks for a registration.
+MONITOR = Dialect(
+    headers=lambda key: {"x-api-key": key, "Content-Type": "application/json"},
+    node=_monitor_node,
+    body=_monitor_body,
+    signs=(
+        Sign((401,), b"", Fate.KEPT,
+             "the dashboard does not accept API_KEY: set the key that it gave out; "
+             "if it is that one, " + OTHER_DIALECT.format("v1")),
+        Sign((403,), b'"blocked"', Fate.KEPT, "the dashboard blocks this node: unblock it there"),
+        Sign((404,), b"", Fate.KEPT, "no such address: is DASHBOARD_URL right?"),
+    ),
+    is_gzip=False,
+    confirms_id=False,
+)
+
+DIALECTS = {"v1": V1, "tinomail-monitor": MONITOR}
+
+
+def _json(body: Mapping[str, Any]) -> bytes:
+    return json.dumps(body, separators=(",", ":"), allow_nan=False).encode()
+
+
+# --- the way to the dashboard ------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What came back from a POST. Status 0: no answer, and `reason` says why."""
+
+    status: int
+    reason: str = ""
+    body: bytes = b""
+    content_type: str = ""
+    date: str = ""
+    retry_after: str = ""
+    location: str = ""
+    took_s: float = 0.0
+
+
+class Transport:
+    """Posts to the dashboard: one session, one connection, nothing taken from the environment."""
+
+    def __init__(self, base_url: str, ca_bundle: str = "") -> None:
+        self._base_url = base_url
+        secure = base_url.startswith("https://")
+        self._adapter = _DeadlineAdapter(tls_context(ca_bundle) if secure else None)
+        self._session = requests.Session()
+        self._session.trust_env = False  # no proxy, no ~/.netrc, no REQUESTS_CA_BUNDLE
+        self._session.headers.clear()
+        self._session.headers["User-Agent"] = f"tinomail-agent/{VERSION}"
+        self._session.headers["Accept-Encoding"] = "identity"
+        self._session.cookies.set_policy(_NoCookies())
+        self._session.mount("https://", self._adapter)
+        self._session.mount("http://", self._adapter)
+
+    def post(self, request: Request, limit_s: float = REQUEST_DEADLINE_S) -> Answer:
+        """Send one POST; returns within limit_s, name resolution aside, and never raises
+        for what the network or the dashboard does."""
+        started = time.monotonic()
+        self._adapter.begin(limit_s)
+        while True:
+            connects, received = self._adapter.connects, self._adapter.received
+            try:
+                answer = self._post(request, limit_s)
+            except (OSError, http.client.HTTPException, urllib3.exceptions.HTTPError, ValueError,
+                    AnswerTooLong) as error:
+                answer = Answer(0, explain(error))
+                reused = self._adapter.connects == connects
+                if reused and self._adapter.received == received and _is_closed(error):
+                    continue  # the server had closed the idle connection: a new one, at once
+            return dataclasses.replace(answer, took_s=time.monotonic() - started)
+
+    def _post(self, request: Request, limit_s: float) -> Answer:
+        with self._session.post(
+            self._base_url + request.path, data=request.body, headers=request.headers,
+            timeout=limit_s, allow_redirects=False, stream=True,
+        ) as response:
+            return Answer(
+                response.status_code,
+                body=_decoded(_read_body(response.raw), response.headers),
+                content_type=response.headers.get("Content-Type", ""),
+                date=response.headers.get("Date", ""),
+                retry_after=response.headers.get("Retry-After", ""),
+                location=response.headers.get("Location", ""),
+            )
+
+    def source_ip(self) -> str | None:
+        """Return this machine's address on the way to the dashboard, or None.
+
+        Resolves the dashboard's name only before the first connection.
+        """
+        if self._adapter.target is not None:
+            return source_ip(self._adapter.target)
+        parts = urlsplit(self._base_url)
+        port = parts.port or (443 if parts.scheme == "https" else 80)
+        try:
+            targets = resolve(parts.hostname or "", port)
+        except (OSError, UnicodeError):
+            return None
+        return next(filter(None, (source_ip(address) for _, address in targets)), None)
+
+    def close(self) -> None:
+        self._session.close()
+
+
+def _is_closed(error: BaseException) -> bool:
+    kinds = (ConnectionError, ssl.SSLEOFError, ssl.SSLZeroReturnError)
+    return any(isinstance(cause, kinds) for cause in _causes(error))
+
+
+class _NoCookies(http.cookiejar.DefaultCookiePolicy):
+    def set_ok(self, cookie: Any, request: Any) -> bool:
+        return False
+
+
+def _read_body(raw: Any) -> bytes:
+    """Read an answer's body, at most ANSWER_LIMIT_BYTES of it."""
+    body = bytearray()
+    try:
+        while len(body) < ANSWER_LIMIT_BYTES:
+            part = raw.read(8192, decode_content=False)
+            if not part:
+                if raw.length_remaining:  # urllib3 1.26 does not mind
+                    raise http.client.IncompleteRead(bytes(body))
+                break
+            body += part
+    except AnswerTooLong:
+        pass  # its beginning is all we want
+    return bytes(body)
+
+
+def _decoded(body: bytes, headers: Mapping[str, str]) -> bytes:
+    """Undo a compression that was not asked for; what it is none of stays as it is."""
+    if "Content-Encoding" not in headers:
+        return body
+    try:
+        return zlib.decompressobj(47).decompress(body, ANSWER_LIMIT_BYTES)  # gzip or zlib
+    except zlib.error:
+        return body
+
+
+class AnswerTooLong(Exception):
+    """An answer went over ANSWER_LIMIT_BYTES."""
+
+
+class _BoundedReader(io.RawIOBase):
+    """Reads an answer within the request's deadline and size, however slowly it drips.
+
+    A socket's own timeout starts anew with every byte that arrives.
+    """
+
+    def __init__(self, inner: Any, sock: socket.socket, adapter: _DeadlineAdapter) -> None:
+        self._inner = inner
+        self._sock = sock
+        self._adapter = adapter
+        self._left = ANSWER_LIMIT_BYTES
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int | None:
+        seconds = self._adapter.deadline - time.monotonic()
+        if seconds <= 0:
+            raise TimeoutError
+        if self._left <= 0:
+            raise AnswerTooLong
+        self._sock.settimeout(seconds)
+        count: int = self._inner.raw.readinto(memoryview(buffer)[: self._left])
+        self._left -= count
+        self._adapter.received += count
+        return count
+
+    def close(self) -> None:
+        self._inner.close()
+        super().close()
+
+
+class _DeadlineAdapter(requests.adapters.HTTPAdapter):
+    """requests' adapter, with one kept-alive connection and a total deadline per request.
+
+    The deadline begins anew when a name has been resolved: getaddrinfo() cannot be bounded.
+    """
+
+    def __init__(self, context: ssl.SSLContext | None) -> None:
+        self._context = context
+        self._limit_s = self.deadline = 0.0
+        self.target: tuple[Any, ...] | None = None  # the socket address last connected to
+        self.connects = 0  # tries
+        self.received = 0  # bytes
+        super().__init__(pool_connections=1, pool_maxsize=1, max_retries=0)
+
+    def begin(self, limit_s: float) -> None:
+        self._limit_s = limit_s
+        self.deadline = time.monotonic() + limit_s
+
+    def init_poolmanager(self, *args: Any, **kwargs: Any) -> None:
+        super().init_poolmanager(*args, **kwargs, ssl_context=self._context)
+        adapter = self
+
+        class Response(http.client.HTTPResponse):
+            def __init__(self, sock: socket.socket, *args: Any, **kwargs: Any) -> None:
+                super().__init__(sock, *args, **kwargs)
+                inner: Any = self.fp
+                self.fp = io.BufferedReader(_BoundedReader(inner, sock, adapter))
+
+            def _read_status(self) -> tuple[str, int, str]:
+                """Skip all interim answers as http.client skips 100 (RFC 9110, 15.2)."""
+                version, status, reason = super()._read_status()  # type: ignore[misc]
+                return version, 100 if 102 <= status < 200 else status, reason
+
+        class Connection(urllib3.connection.HTTPConnection):
+            response_class = Response
+
+            def _new_conn(self) -> socket.socket:
+                return adapter._connect(self.host, self.port)
+
+        class TlsConnection(urllib3.connection.HTTPSConnection):
+            response_class = Response
+
+            def _new_conn(self) -> socket.socket:
+                return adapter._connect(self.host, self.port)
+
+        class Pool(urllib3.HTTPConnectionPool):
+            ConnectionCls = Connection
+
+        class TlsPool(urllib3.HTTPSConnectionPool):
+            ConnectionCls = TlsConnection
+
+        self.poolmanager.pool_classes_by_scheme = {"http": Pool, "https": TlsPool}
+
+    def cert_verify(self, conn: Any, url: str, verify: Any, cert: Any) -> None:
+        """Leave the trust to our own context: requests would add its own CA file to it."""
+        conn.cert_reqs = "CERT_REQUIRED"
+
+    def _connect(self, host: str, port: int) -> socket.socket:
+        self.connects += 1
+        addresses = resolve(host, port)
+        self.deadline = time.monotonic() + self._limit_s
+        error: OSError = OSError(errno.EHOSTUNREACH, "")
+        for index, (family, address) in enumerate(addresses):
+            left = max(0.001, self.deadline - time.monotonic())
+            sock = socket.socket(family, socket.SOCK_STREAM)
+            try:
+                sock.settimeout(left / (len(addresses) - index))
+                sock.connect(address)
+                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                sock.settimeout(max(0.001, self.deadline - time.monotonic()))
+                self.target = address
+                return sock
+            except OSError as failure:
+                sock.close()
+                error = failure
+        raise error
+
+
+def resolve(host: str, port: int) -> list[tuple[int, tuple[Any, ...]]]:
+    """Return (family, socket address) of a host, in the order to try them."""
+    found = socket.getaddrinfo(host.strip("[]"), port, type=socket.SOCK_STREAM)
+    return [(family, address) for family, _, _, _, address in found]
+
+
+def source_ip(target: tuple[Any, ...]) -> str | None:
+    """Return this machine's address on the way to a socket address, or None without a route."""
+    family = socket.AF_INET6 if len(target) == 4 else socket.AF_INET
+    try:
+        with socket.socket(family, socket.SOCK_DGRAM) as sock:
+            sock.connect(target)  # a datagram socket: nothing is sent
+            return str(sock.getsockname()[0])
+    except OSError:
+        return None
+
+
+SYSTEM_CA = "/etc/ssl/certs/ca-certificates.crt"
+# From libraries that do not declare what they have had for ten years.
+certifi_bundle: Callable[[], str] = requests.certs.where  # type: ignore[attr-defined]
+URLLIB3_VERSION: str = urllib3.__version__  # type: ignore[attr-defined]
+WrongName: type[Exception] = urllib3.connection.CertificateError  # type: ignore[attr-defined]
+
+
+def tls_context(ca_bundle: str) -> ssl.SSLContext:
+    """Return a context that trusts CA_BUNDLE, else the system's store, else certifi's."""
+    for path in [ca_bundle] if ca_bundle else [SYSTEM_CA, certifi_bundle()]:
+        try:
+            context = ssl.create_default_context(cafile=path)
+        except OSError as error:  # ssl.SSLError is one
+            last = error
+            continue
+        # urllib3 1.26 names no IP address to OpenSSL: it compares the certificate's names itself.
+        context.check_hostname = not URLLIB3_VERSION.startswith("1.")
+        return context
+    raise last
+
+
+# X509_V_ERR_* of openssl/x509_vfy.h: what is wrong with a certificate.
+CERTIFICATE_PROBLEMS = {
+    9: "is not valid yet (are the clocks right?)",
+    10: "has expired",
+    18: "is self-signed",
+    19: "comes from a CA that this node does not trust",
+    20: "comes from a CA that this node does not trust",
+    21: "comes from a CA that this node does not trust",
+    62: "is for another name",
+    64: "is for another IP address",
+}
+
+# Why there was no answer, in our own words: an exception's text may hold the key. First match.
+NETWORK_PROBLEMS: tuple[tuple[Any, Callable[[Any], str]], ...] = (
+    (
+        ssl.SSLCertVerificationError,
+        lambda e: f"the dashboard's certificate {CERTIFICATE_PROBLEMS.get(e.verify_code, 'is bad')}"
+        " (CA_BUNDLE names the CA to trust)",
+    ),
+    (
+        WrongName,
+        lambda e: f"the dashboard's certificate {CERTIFICATE_PROBLEMS[62]}"
+        " (CA_BUNDLE names the CA to trust)",
+    ),
+    (socket.gaierror, lambda e: "the name in DASHBOARD_URL cannot be resolved"),
+    (TimeoutError, lambda e: "no complete answer in time (a firewall, or a dashboard that hangs)"),
+    (ConnectionRefusedError, lambda e: "connection refused"),
+    (
+        (ConnectionError, http.client.IncompleteRead, ssl.SSLEOFError, ssl.SSLZeroReturnError),
+        lambda e: "the connection was closed before the answer was complete",
+    ),
+    (
+        ssl.SSLError,
+        lambda e: f"TLS failed ({e.reason or 'no reason given'}); is this an https:// address?",
+    ),
+    (AnswerTooLong, lambda e: "the headers of the answer are too long"),
+    (http.client.HTTPException, lambda e: "the answer is not HTTP; is DASHBOARD_URL right?"),
+)
+
+
+def explain(error: BaseException) -> str:
+    """Say why there was no answer, without a word of the exception's own text."""
+    causes = list(_causes(error))
+    for kind, words in NETWORK_PROBLEMS:
+        for cause in causes:
+            if isinstance(cause, kind):
+                return words(cause)
+    codes = [c.errno for c in causes if isinstance(c, OSError) and isinstance(c.errno, int)]
+    return os.strerror(codes[-1]) if codes else f"the request failed ({type(error).__name__})"
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    seen: list[BaseException] = []
+    ahead: list[Any] = [error]
+    while ahead:
+        one = ahead.pop(0)
+        if isinstance(one, BaseException) and not any(one is other for other in seen):
+            seen.append(one)
+            yield one
+            ahead += [one.__cause__, one.__context__, getattr(one, "reason", None), *one.args]
+
+
+# --- what outlives the process -----------------------------------------------------------
+
+SAMPLE_LIMIT_BYTES = 64 * 1024  # of a file; of the JSON in it: 16 times that
+ASIDE_LIMIT = 10  # what was put aside is kept to be looked at, but not for ever
+TIMESTAMP = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z")
+
+
+class State:
+    """What outlives the process, below STATE_DIRECTORY: the samples that wait, and the role.
+
+    buffer/SEQ.sample holds a sample as it is in memory; `aside` what was found there and is
+    none. Nothing is synced, the disk is the mail server's: a power cut may leave torn files.
+    All but role() raise OSError when the disk fails.
+    """
+
+    def __init__(self, folder: str) -> None:
+        self._role = os.path.join(folder, "role")
+        self._aside = os.path.join(folder, "aside")
+        self._buffer = os.path.join(folder, "buffer")
+
+    def load(self) -> tuple[list[Sample], int]:
+        """Return the samples, oldest first, and how many files were put aside as none."""
+        samples, aside = [], 0
+        os.makedirs(self._buffer, exist_ok=True)
+        with os.scandir(self._buffer) as entries:
+            found = list(entries)
+        for entry in found:
+            try:
+                seq = int(re.sub(r"\.sample$", "", entry.name))
+                if entry.path != self._path(seq) or not entry.is_file(follow_symlinks=False):
+                    raise ValueError("not a file of ours")
+                samples.append(read_sample(seq, read_bytes(entry.path, SAMPLE_LIMIT_BYTES + 1)))
+            except (OSError, ValueError):
+                aside += self._put_aside(entry.path)
+        return sorted(samples, key=lambda sample: sample.seq), aside
+
+    def _put_aside(self, path: str) -> bool:
+        """Move a file out of the way; what was being written when we were killed is no loss."""
+        try:
+            if path.endswith(".new"):
+                os.unlink(path)
+                return False
+            os.makedirs(self._aside, exist_ok=True)
+            os.replace(path, os.path.join(self._aside, f"{time.time_ns()}"))
+            for name in sorted(os.listdir(self._aside))[:-ASIDE_LIMIT]:
+                os.unlink(os.path.join(self._aside, name))
+        except OSError:
+            pass  # it stays, and is no sample the next time either
+        return True
+
+    def write(self, sample: Sample) -> None:
+        """Write a sample so that it is there as a whole or not at all."""
+        self._replace(self._path(sample.seq), sample.packed)
+
+    def remove(self, seq: int) -> None:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(self._path(seq))
+
+    def role(self) -> str:
+        """Return the role that was found in an earlier life, "unknown" if none was."""
+        try:
+            role = read_bytes(self._role, 100).decode("ascii", "replace").strip()
+        except OSError:
+            return "unknown"
+        return role if role in ROLE_RANK else "unknown"
+
+    def remember_role(self, role: str) -> None:
+        self._replace(self._role, f"{role}\n".encode())
+
+    def _path(self, seq: int) -> str:
+        return os.path.join(self._buffer, f"{seq:012}.sample")
+
+    @staticmethod
+    def _replace(path: str, data: bytes) -> None:
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        try:
+            with open(f"{path}.new", "wb", buffering=0) as stream:
+                if stream.write(data) != len(data):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            os.replace(f"{path}.new", path)
+        except OSError:
+            with contextlib.suppress(OSError):
+                os.unlink(f"{path}.new")
+            raise
+
+
+def read_sample(seq: int, packed: bytes) -> Sample:
+    """Return the sample that a file holds; ValueError if it is torn or not a sample."""
+    inflate = zlib.decompressobj()
+    try:
+        text = inflate.decompress(packed, 16 * SAMPLE_LIMIT_BYTES)
+        body = json.loads(text, parse_constant=_no_constant)
+    except (zlib.error, RecursionError) as error:
+        raise ValueError(str(error)) from None
+    if not inflate.eof or inflate.unused_data or not isinstance(body, dict):
+        raise ValueError("it is cut off, or has something behind it")
+    stamp, role = body.get("timestamp"), body.get("role")
+    if not isinstance(body.get("system"), dict) or not TIMESTAMP.fullmatch(str(stamp)):
+        raise ValueError("it is not a sample")
+    if role not in ROLE_PORTS:
+        raise ValueError("it has no role")
+    return Sample(seq, role, packed)
+
+
+def _no_constant(name: str) -> None:
+    raise ValueError(f"{name} is not JSON")
+
+
+def pack(sample: Mapping[str, Any]) -> bytes:
+    return zlib.compress(json.dumps(sample, separators=(",", ":"), allow_nan=False).encode())
+
+
+def unpack(packed: bytes) -> dict[str, Any]:
+    value: dict[str, Any] = json.loads(zlib.decompress(packed))
+    return value
+
+
+def iso_utc(epoch_s: float) -> str:
+    """Return the time as ISO 8601 in UTC with milliseconds and a Z."""
+    whole, milli = divmod(int(epoch_s * 1000), 1000)
+    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(whole)) + f".{milli:03d}Z"
+
+
+# --- reading /proc and sysfs -------------------------------------------------------------
+
+
+def read_bytes(path: str, limit: int = -1) -> bytes:
+    with open(path, "rb", buffering=0) as stream:
+        return stream.read(limit) or b""
+
+
+def _reason(error: BaseException) -> str:
+    """Say in a few words, the same each time, why something could not be read."""
+    if isinstance(error, OSError) and error.errno:
+        where = f" ({error.filename})" if error.filename else ""
+        return (error.strerror or os.strerror(error.errno)) + where
+    return _printable(str(error))[:EXCERPT_CHARS] or type(error).__name__
+
+
+def _printable(text: str) -> str:
+    return "".join(c if c.isprintable() else "?" for c in text)
+
+
+T = TypeVar("T")
+
+
+class Change:
+    """Remembers the last reading of each counter, and when it was made."""
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock = clock
+        self._last: dict[str, tuple[float, Any]] = {}
+
+    def since(self, name: str, value: T) -> tuple[float, T]:
+        """Store a reading; return (seconds since the one before, the one before).
+
+        On the first call these are 0 seconds and the reading itself.
+        """
+        now = self._clock()
+        then, before = self._last.get(name, (now, value))
+        self._last[name] = (now, value)
+        return now - then, before
+
+
+def own_rss_bytes() -> int:
+    return int(read_bytes("/proc/self/statm").split()[1]) * PAGE_BYTES
+
+
+# In psutil's cpu_times: `guest` and `guest_nice` are inside `user` and `nice` already.
+CPU_BUSY = ("user", "nice", "system", "irq", "softirq", "steal")
+CPU_IDLE = ("idle", "iowait")
+
+
+def cpu_shares(before: list[Any], after: list[Any]) -> tuple[float | None, list[float | None]]:
+    """Return the busy percent of all cores together and of each, from psutil's per-CPU times.
+
+    iowait is idle time. A field that went backwards (iowait may) counts as unchanged.
+    None where no time has passed.
+    """
+    if len(before) != len(after):  # a core came or went
+        return None, []
+    busy_sum = total_sum = 0.0
+    cores: list[float | None] = []
+    for old, new in zip(before, after):
+        busy, idle = (
+            sum(max(0.0, getattr(new, name, 0.0) - getattr(old, name, 0.0)) for name in names)
+            for names in (CPU_BUSY, CPU_IDLE)
         )
+        cores.append(percent(busy, busy + idle))
+        busy_sum += busy
+        total_sum += busy + idle
+    return percent(busy_sum, total_sum), cores
 
 
-# --- logging ------------------------------------------------------------------------------
+def percent(part: float, whole: float) -> float | None:
+    """Return part of whole in percent, 0.0 to 100.0; None if there is no whole."""
+    return min(100.0, max(0.0, round(100.0 * part / whole, 1))) if whole > 0 else None
+
+
+def rate(
+    before: Mapping[str, tuple[int, int]], after: Mapping[str, tuple[int, int]], seconds: float
+) -> tuple[int | None, int | None]:
+    """Return the two counters' growth per second, summed over the names that both readings have.
+
+    None for a counter that went backwards on any of them, for no time passed, and for no names.
+    """
+    result: list[int | None] = []
+    for column in (0, 1):
+        grown = [after[name][column] - before[name][column] for name in after if name in before]
+        sound = seconds > 0 and grown and all(delta >= 0 for delta in grown)
+        result.append(round(sum(grown) / seconds) if sound else None)
+    return result[0], result[1]
+
+
+def parse_ranges(text: bytes) -> list[int]:
+    """Return the numbers in a list of sysfs' like 0-3,6."""
+    numbers: list[int] = []
+    for part in text.decode("ascii", "replace").strip().split(","):
+        first, _, last = part.partition("-")
+        numbers += range(int(first), min(int(last or first), 2**16) + 1)
+    return numbers
+
+
+# --- disks and networks ------------------------------------------------------------------
+
+
+class Mount(NamedTuple):
+    """One line of /proc/self/mountinfo (proc_pid_mountinfo(5))."""
+
+    mount_id: int
+    parent_id: int
+    device: str  # "major:minor" of the superblock
+    root: str  # the directory in the file system that is mounted
+    path: str
+    fstype: str
+    source: str
+
+
+def parse_mountinfo(data: bytes) -> list[Mount]:
+    """Parse /proc/self/mountinfo, in the order of mounting."""
+    mounts = []
+    for line in os.fsdecode(data).splitlines():
+        fields, _, tail = line.partition(" - ")
+        first, last = fields.split(" "), tail.split(" ")
+        if len(first) >= 6 and len(last) >= 2:
+            mounts.append(
+                Mount(int(first[0]), int(first[1]), first[2], _unescape(first[3]),
+                      _unescape(first[4]), last[0], _unescape(last[1]))
+            )
+    return mounts
+
+
+def _unescape(text: str) -> str:
+    """Undo the kernel's octal escapes (fs/seq_file.c, mangle_path)."""
+    return re.sub(r"\\([0-7]{3})", lambda found: chr(int(found[1], 8)), text)
+
+
+# Never touched: a server that is away would hang the agent.
+NETWORK_FSTYPES = frozenset(
+    "nfs nfs4 cifs smb3 smbfs ceph 9p afs ncpfs coda lustre gfs2 ocfs2 beegfs virtiofs".split()
+)
+# Full by nature, or not a place where mail or logs go.
+UNWATCHED_FSTYPES = frozenset("squashfs iso9660 udf cramfs erofs".split())
+UNWATCHED_PATHS = re.compile(r"/(boot|efi)(/|$)")
+LOOP_MAJOR = "7:"  # Documentation/admin-guide/devices.txt
+
+
+def is_network(fstype: str) -> bool:
+    return fstype in NETWORK_FSTYPES or (fstype.startswith("fuse.") or fstype == "fuse")
+
+
+def local_disks(mounts: list[Mount]) -> dict[str, list[Mount]]:
+    """Group the mounts that are local disks by device; of each, the whole and short ones first.
+
+    Local is "/", whatever it is, and what stands on a block device or is btrfs or zfs. What
+    lies below a network mount is left out: the way there may hang.
+    """
+    by_id = {mount.mount_id: mount for mount in mounts}
+
+    def below_network(mount: Mount) -> bool:
+        seen: set[int] = set()
+        while mount.mount_id not in seen:
+            if is_network(mount.fstype):
+                return True
+            seen.add(mount.mount_id)
+            mount = by_id.get(mount.parent_id, mount)
+        return False
+
+    disks: dict[str, list[Mount]] = {}
+    for mount in mounts:
+        on_block = not mount.device.startswith("0:") or mount.fstype in ("btrfs", "zfs")
+        unwatched = (
+            mount.fstype in UNWATCHED_FSTYPES
+            or mount.device.startswith(LOOP_MAJOR)
+            or mount.source.startswith("/dev/loop")  # btrfs has a device number of its own
+            or UNWATCHED_PATHS.match(mount.path)
+        )
+        if mount.path == "/" or (on_block and not unwatched and not below_network(mount)):
+            disks.setdefault(mount.device, []).append(mount)
+    for candidates in disks.values():
+        candidates.sort(key=lambda m: (m.path != "/", m.root != "/", len(m.path)))
+    return disks
+
+
+def mount_of(path: str, mounts: list[Mount], hops: int = 40) -> Mount:
+    """Return the mount that a path lies on. Follows links, but never into a network file system.
+
+    Raises FileNotFoundError if there is no such path.
+    """
+    path = os.path.normpath(path)
+    on_the_way = [m for m in mounts if f"{path}/".startswith(f"{m.path.rstrip('/')}/")]
+    mount = max(on_the_way, key=lambda m: len(m.path))
+    mount = [m for m in on_the_way if m.path == mount.path][-1]  # the last one hides the others
+    if is_network(mount.fstype):
+        return mount
+    for end in (i for i, c in enumerate(f"{path}/") if c == "/" and i):
+        if os.path.islink(path[:end]) and hops:
+            target = os.path.join(os.path.dirname(path[:end]), os.readlink(path[:end]))
+            return mount_of(f"{target}{path[end:]}", mounts, hops - 1)
+    os.lstat(path)
+    return mount
+
+
+def visible_mount_id(path: str, proc: str = "/proc") -> int:
+    """Return the id of the mount that one really gets at a path (proc_pid_fdinfo(5))."""
+    fd = os.open(path, os.O_PATH | os.O_CLOEXEC)
+    try:
+        info = read_bytes(f"{proc}/self/fdinfo/{fd}")
+    finally:
+        os.close(fd)
+    found = re.search(rb"^mnt_id:\s*(\d+)", info, re.MULTILINE)
+    return int(found[1]) if found else -1
+
+
+def parse_diskstats(data: bytes) -> dict[str, tuple[int, int]]:
+    """Return device -> (bytes read, bytes written) of /proc/diskstats, in 512-byte sectors."""
+    rows = (line.split() for line in data.decode("ascii", "replace").splitlines())
+    return {row[2]: (int(row[5]) * 512, int(row[9]) * 512) for row in rows if len(row) > 9}
+
+
+# linux/if_arp.h: TUNNEL, TUNNEL6, SIT, IPGRE, IP6GRE, and NONE for tun and WireGuard.
+TUNNEL = re.compile(rb"^((768|769|776|778|823|65534)|DEVTYPE=(vxlan|geneve))$", re.MULTILINE)
+
+
+def _is_upper(interface: str) -> bool:
+    """Tell whether what an interface carries goes through another one too."""
+    try:
+        if any(entry.startswith("lower_") for entry in os.listdir(interface)):
+            return True
+        facts = read_bytes(f"{interface}/type") + read_bytes(f"{interface}/uevent")
+        return TUNNEL.search(facts) is not None
+    except OSError:
+        return False
+
+
+# --- processes ---------------------------------------------------------------------------
+
+
+class ProcessStat(NamedTuple):
+    """What /proc/PID/stat tells (proc_pid_stat(5)); times in clock ticks."""
+
+    pid: int
+    comm: str
+    state: str
+    ppid: int
+    cpu_ticks: int  # user + system
+    start_ticks: int  # since boot: with the pid, the identity of a process
+
+
+def parse_stat(data: bytes) -> ProcessStat:
+    """Parse /proc/PID/stat; comm may hold blanks and parentheses. ValueError if it is torn."""
+    head, _, rest = data.rpartition(b") ")
+    pid, _, comm = head.partition(b" (")
+    fields = rest.split(None, 20)
+    if len(fields) < 20:
+        raise ValueError("torn /proc/PID/stat")
+    return ProcessStat(
+        int(pid), comm.decode("utf-8", "replace"), fields[0].decode("ascii", "replace"),
+        int(fields[1]), int(fields[11]) + int(fields[12]), int(fields[19]),
+    )
+
+
+def age_s(process: ProcessStat) -> float:
+    return time.clock_gettime(time.CLOCK_BOOTTIME) - process.start_ticks / CLOCK_TICKS
+
+
+def parse_rss(status: bytes) -> tuple[int, int]:
+    """Return (anonymous, file and shared) resident KiB of /proc/PID/status; a zombie has none."""
+    sizes = dict(re.findall(rb"^(RssAnon|RssFile|RssShmem):\s*(\d+)", status, re.MULTILINE))
+    anon, file, shmem = (int(sizes.get(k, 0)) for k in (b"RssAnon", b"RssFile", b"RssShmem"))
+    return anon, file + shmem
+
+
+# A process ended while we looked at it: any other error is ours.
+ENDED = (FileNotFoundError, ProcessLookupError, ValueError)
+
+
+@dataclass(frozen=True, slots=True)
+class Known:
+    """What was found out about a process."""
+
+    start_ticks: int
+    comm: str
+    service: str | None
+    cgroup: str  # the text of /proc/PID/cgroup, if it belongs to a service
+    inode: int  # of /proc/PID: the same as long as it is the same process
+    since: int  # the sample in which it was first seen
+
+
+# A "no" is looked at in each of the first samples, then in every LOOK_AGAINth, the processes
+# in turn: nothing is read of the others. It is asked again if its name has changed, as it does
+# with every title, and if it is Node's. What ran for long before the agent has had its title
+# since then: looking at all of 2,000 eight times would be most of the agent's first minutes.
+LOOK_AGAIN = 8
+OLD_PROCESS_S = 120
+
+
+class ProcessTable:
+    """Finds the mail services in /proc, one pass for all of them.
+
+    watched: comm -> service, for what WATCH_PROCESSES adds to the built-in ones.
+    """
+
+    def __init__(
+        self,
+        proc: str,
+        clock: Callable[[], float],
+        *,
+        cgroup_root: str = "/sys/fs/cgroup",
+        watched: Mapping[str, str] | None = None,
+    ) -> None:
+        self._proc = proc
+        self._cgroup_root = cgroup_root
+        self._watched = dict(watched or {})
+        self._services = tuple(dict.fromkeys((*SERVICES, *self._watched.values())))
+        self._change = Change(clock)
+        self._known: dict[int, Known] = {}  # by pid; a yes stays for the same start
+        self._round = 0
+
+    def read(self) -> dict[str, dict[str, Any]]:
+        """Return service -> {status, pid, memory_mb (MiB), cpu_percent (of one core)}.
+
+        Raises PermissionError when /proc shows only our own processes (hidepid).
+        """
+        try:
+            read_bytes(f"{self._proc}/1/stat")
+        except (FileNotFoundError, PermissionError):
+            raise PermissionError(
+                errno.EACCES, "other users' processes are hidden (hidepid on /proc)"
+            ) from None
+        members: dict[str, list[ProcessStat]] = {service: [] for service in self._services}
+        known: dict[int, Known] = {}
+        self._round += 1
+        for pid, inode in self._list():
+            seen = self._known.get(pid)
+            if seen and seen.inode == inode and self._is_settled(pid, seen):
+                known[pid] = seen
+                continue
+            try:
+                process = parse_stat(read_bytes(f"{self._proc}/{pid}/stat"))
+                found = known[pid] = self._look_up(process, seen, inode)
+            except ENDED:
+                continue
+            if found.service:
+                members[found.service].append(process)
+        self._known = known
+        ticks = {(p.pid, p.start_ticks): p.cpu_ticks for f in members.values() for p in f}
+        seconds, before = self._change.since("cpu", ticks)
+        on_node = sum(len(members[service]) for service in NODE_SERVICES)
+        described = {}
+        for service, its in members.items():
+            share = len(its) / on_node if its and service in NODE_SERVICES else 1.0
+            described[service] = self._describe(its, seconds, before, share)
+        return described
+
+    def _list(self) -> list[tuple[int, int]]:
+        """Return (pid, inode of /proc/PID) of all processes; nothing of them is read."""
+        with os.scandir(self._proc) as entries:
+            return [(int(e.name), e.inode()) for e in entries if e.name.isdigit()]
+
+    def _is_settled(self, pid: int, known: Known) -> bool:
+        is_old = self._round - known.since >= LOOK_AGAIN
+        return known.service is None and is_old and (self._round + pid) % LOOK_AGAIN != 0
+
+    def _look_up(self, process: ProcessStat, known: Known | None, inode: int) -> Known:
+        since = self._round
+        if known and known.start_ticks == process.start_ticks:
+            since = known.since
+            is_same = known.comm == process.comm and process.comm not in ASKED_AGAIN
+            if known.service or is_same:
+                return known if known.inode == inode else dataclasses.replace(known, inode=inode)
+        elif age_s(process) > OLD_PROCESS_S:
+            since -= LOOK_AGAIN
+        folder = f"{self._proc}/{process.pid}"
+        cgroup = os.fsdecode(read_bytes(f"{folder}/cgroup"))
+        service = classify(
+            process.comm,
+            read_bytes(f"{folder}/cmdline", CMDLINE_LIMIT_BYTES),
+            exe=read_link(f"{folder}/exe"),
+            cwd=read_link(f"{folder}/cwd"),
+            cgroup=cgroup,
+            state=process.state,
+        ) or self._watched.get(process.comm)
+        kept = cgroup if service else ""
+        return Known(process.start_ticks, process.comm, service, kept, inode, since)
+
+    def _describe(
+        self,
+        found: list[ProcessStat],
+        seconds: float,
+        before: Mapping[tuple[int, int], int],
+        share: float,
+    ) -> dict[str, Any]:
+        if not found:
+            return {"status": "not_found", "pid": None, "memory_mb": 0, "cpu_percent": 0}
+        pids = {p.pid for p in found}
+        mains = [p for p in found if p.ppid not in pids] or found
+        main = min(mains, key=lambda p: (p.start_ticks, p.pid))
+        used = 0
+        for process in found:
+            # One that started since the last reading used all its time since then.
+            base = 0 if age_s(process) < seconds else process.cpu_ticks
+            used += process.cpu_ticks - before.get((process.pid, process.start_ticks), base)
+        return {
+            "status": "stopped" if main.state in "TtZXx" else "running",
+            "pid": main.pid,
+            "memory_mb": round(self._memory_kib(pids, share) / 1024, 1),
+            "cpu_percent": round(100 * used / CLOCK_TICKS / seconds, 1) if seconds > 0 else 0.0,
+        }
+
+    def _memory_kib(self, pids: set[int], share: float) -> int:
+        """Return what the processes hold, with the pages that they share counted once.
+
+        The sum of PSS would be it, but needs privileges. What their cgroup accounts for comes
+        near it; where they have none of their own, the sum of the anonymous pages and the
+        largest share of file and shared ones does.
+
+        share: the part of the service in the use of its program, next to other services.
+        """
+        anon_sum = anon_max = shared_max = 0
+        for pid in pids:
+            try:
+                anon, shared = parse_rss(read_bytes(f"{self._proc}/{pid}/status"))
+            except ENDED:
+                continue
+            anon_sum += anon
+            anon_max = max(anon_max, anon)
+            shared_max = max(shared_max, shared)
+        cgroups = {self._known[pid].cgroup for pid in pids}
+        accounts = [self._cgroup_kib(cgroup, pids) for cgroup in cgroups]
+        own = [account for account in accounts if account]
+        anon = sum(kib for kib, _ in own)
+        # Pages stay with the cgroup that they were first charged to: one that does not even
+        # hold the largest process' own pages is not where this service's memory is, ...
+        if len(own) < len(accounts) or anon < 0.9 * anon_max:
+            return anon_sum + shared_max
+        # ... and that of a service that was started again lacks its program (40 MiB of Node),
+        # read by the run before or by another service. What they map tells it.
+        program = max(0, shared_max - COMMON_LIBRARIES_KIB) * share
+        return int(anon + max(program, sum(kib for _, kib in own)))
+
+    def _cgroup_kib(self, cgroup: str, pids: set[int]) -> tuple[int, int] | None:
+        """Return (anonymous, mapped) KiB of a cgroup, None if it is not these pids' alone."""
+        try:
+            folder, keys = memory_cgroup(cgroup, self._cgroup_root)
+            with os.scandir(folder) as entries:
+                if any(entry.is_dir() for entry in entries):
+                    return None  # first: in the root's, all processes would be listed
+            inside = set(map(int, read_bytes(f"{folder}/cgroup.procs").split()))
+            if not inside or not inside <= pids:
+                return None
+            rows = (line.split() for line in read_bytes(f"{folder}/memory.stat").splitlines())
+            stat = {row[0]: int(row[1]) for row in rows if row[0] in keys}
+            return stat[keys[0]] // 1024, stat[keys[1]] // 1024
+        except (OSError, ValueError, LookupError):
+            return None
+
+
+# What RssFile holds of libc, OpenSSL and the like, which other programs map too.
+COMMON_LIBRARIES_KIB = 6 * 1024
+CMDLINE_LIMIT_BYTES = 4096
+
+
+def read_link(path: str) -> str | None:
+    try:
+        return os.readlink(path)
+    except OSError:
+        return None  # another user's process, or it ended
+
+
+def memory_cgroup(cgroup: str, root: str) -> tuple[str, tuple[bytes, bytes]]:
+    """Return the folder of a process' memory cgroup, and what to add up in its memory.stat.
+
+    cgroup is the text of /proc/PID/cgroup (cgroups(7)). The page cache is not in these keys:
+    it is the machine's, and goes when memory is needed.
+    """
+    paths = {}
+    for line in cgroup.splitlines():
+        _, controllers, path = line.split(":", 2)
+        paths.update(dict.fromkeys(controllers.split(","), path))
+    if "memory" in paths:  # v1, or the hybrid of both
+        return f"{root}/memory{paths['memory']}", (b"total_rss", b"total_mapped_file")
+    return f"{root}{paths.get('', '/..')}", (b"anon", b"file_mapped")
+
+
+# --- which mail service a process belongs to ---------------------------------------------
+
+SERVICES = ("zonemta", "wildduck", "haraka", "rspamd", "redis", "mongodb")
+
+# `auto` takes the first of these services that runs: (service, role).
+ROLE_ORDER = (
+    ("wildduck", "wildduck"),
+    ("zonemta", "zonemta-outbound"),
+    ("haraka", "haraka"),
+    ("rspamd", "rspamd"),
+    ("mongodb", "mongodb"),
+    ("redis", "redis"),
+)
+ROLE_RANK = [role for _, role in ROLE_ORDER] + ["unknown"]
+
+# The ports that matter on a node, by its role; CHECK_PORTS overrides.
+MAIL_PORTS = (25, 587, 993, 995, 12080, 11334)
+ROLE_PORTS = {
+    "wildduck": MAIL_PORTS,
+    "zonemta-outbound": (587, 12080),
+    "zonemta-local": (587, 12080),
+    "haraka": (25,),
+    "rspamd": (11334,),
+    "redis": (6379,),
+    "mongodb": (27017,),
+    "unknown": MAIL_PORTS,
+}
+
+# Native servers keep the name of their program: comm -> service.
+SERVICE_COMMS = {
+    "rspamd": "rspamd",
+    "redis-server": "redis",
+    "valkey-server": "redis",
+    "mongod": "mongodb",
+}
+# Not a server, whatever its comm: redis-sentinel is redis' own program, but stores nothing ...
+NOT_THE_SERVER = re.compile(r".* \[sentinel\]|--sentinel")
+# ... and a script's comm is the script's name; the interpreter shows in its first argument.
+INTERPRETER = re.compile(r"(.*/)?(busybox|env|[a-z]*sh|(python|perl|ruby|lua|node)[\d.]*)")
+
+# Node's services set process.title: cmdline is one string, cut to what the original arguments
+# had room for, and comm is its first 15 bytes (uv_set_process_title). Pattern -> service.
+SERVICE_TITLES = (
+    (re.compile(r"wilddu(c|ck|ck [mw]\w{0,5})?"), "wildduck"),
+    (re.compile(r"zone-m(t|ta|ta: .*)?|[^:]+: (master process|(receiver|sender)/\S+)"), "zonemta"),
+    (re.compile(r"Haraka (\(|cn=).*"), "haraka"),
+)
+# Without a title, the script tells. Pattern of the path -> service.
+SERVICE_SCRIPTS = (
+    (re.compile(r"(.*/)?wildduck(/(server|worker)(\.js)?)?"), "wildduck"),
+    (re.compile(r"(.*/)?zone-?mta(/((app|index)(\.js)?|services/(receiver|sender)\.js))?"),
+     "zonemta"),
+    (re.compile(r"(.*/)?(\.?bin/haraka|Haraka(/haraka(\.js)?)?)"), "haraka"),
+)
+# Without either, the systemd unit does, for Node's processes. Name -> service.
+SERVICE_UNITS = {"wildduck": "wildduck", "zone-mta": "zonemta", "zonemta": "zonemta",
+                 "haraka": "haraka"}
+UNIT = re.compile(r"/([^/@\n]+)(@[^/\n]*)?\.service(?=/|$)", re.MULTILINE)
+
+NODE_SERVICES = ("zonemta", "wildduck", "haraka")  # their processes share Node's program
+NODE_COMMS = frozenset(("node", "nodejs", "MainThread", "node-MainThread"))  # 22, 24 and 26
+# A "no" may become a "yes" with the same name: a title is set, a wrapper calls exec().
+ASKED_AGAIN = NODE_COMMS | SERVICE_COMMS.keys()
+NODE_PROGRAM = re.compile(r"(.*/)?node(js)?[\d.-]*( \(deleted\))?")
+NODE_TOOLS = re.compile(r"(npm|npx|pnpm|yarn|PM2)\b.*")
+NODE_OPTIONS_WITH_VALUE = frozenset(
+    "-r --require --import --loader --experimental-loader -C --conditions --title".split()
+)
+# What makes `haraka` or `zone-mta` do something else than serve.
+NOT_SERVING = frozenset(
+    "-h --help -v --version -l --list -i --install -p --plugin -o --order -t --test "
+    "--qlist --qstat --qempty --qunstick create".split()
+)
+
+
+def classify(
+    comm: str,
+    cmdline: bytes,
+    *,
+    exe: str | None = None,
+    cwd: str | None = None,
+    cgroup: str = "",
+    state: str = "S",
+) -> str | None:
+    """Return the service that a process belongs to, or None.
+
+    cmdline holds the raw bytes of /proc/PID/cmdline, cgroup the text of /proc/PID/cgroup. An
+    unprivileged reader has neither exe nor cwd. A zombie has no cmdline: its comm decides.
+    """
+    raw = cmdline.decode("utf-8", "replace") if state != "Z" else comm
+    args = raw.rstrip("\0").split("\0")
+    if comm in SERVICE_COMMS:
+        is_script = INTERPRETER.fullmatch(args[0]) and args[0] != comm
+        is_other = any(NOT_THE_SERVER.fullmatch(arg) for arg in args)
+        return None if is_script or is_other else SERVICE_COMMS[comm]
+    has_title = len(args) == 1 and args[0] != "" and args[0][:15].rstrip() == comm.rstrip()
+    if exe is not None and not NODE_PROGRAM.fullmatch(exe):
+        return None
+    if has_title:
+        found = first_match(SERVICE_TITLES, args[0])
+        if found or NODE_TOOLS.fullmatch(args[0]):
+            return found
+        if args[0].startswith("node "):
+            args = args[0].split(" ")  # PM2 writes the command line into the title
+        elif not raw.endswith("\0\0") and len(args[0]) <= 15:
+            return None  # a program without arguments, not a title that was cut or padded
+    elif comm not in NODE_COMMS:
+        return None
+    script = script_of(args)
+    found = first_match(SERVICE_SCRIPTS, os.path.normpath(os.path.join(cwd or "", script)))
+    if NOT_SERVING.intersection(args):
+        return None
+    units = [SERVICE_UNITS.get(name.lower()) for name, _ in UNIT.findall(cgroup)]
+    return found or next(filter(None, units), None)
+
+
+def first_match(table: Iterable[tuple[re.Pattern[str], str]], text: str) -> str | None:
+    return next((service for pattern, service in table if pattern.fullmatch(text)), None)
+
+
+def script_of(args: list[str]) -> str:
+    """Return the script of a Node command line, "" if it has none."""
+    rest = iter(args[1:])
+    for arg in rest:
+        if not arg.startswith("-"):
+            return arg
+        if arg in ("-e", "--eval", "-p", "--print"):
+            return ""
+        if arg in NODE_OPTIONS_WITH_VALUE:
+            next(rest, None)
+    return ""
+
+
+# --- sockets -----------------------------------------------------------------------------
+
+# linux/netlink.h, linux/inet_diag.h, net/tcp_states.h
+NETLINK_SOCK_DIAG = 4
+TCPDIAG_GETSOCK = 18  # the legacy request: one dump holds both address families
+NLM_F_REQUEST_DUMP = 0x301
+NLMSG_ERROR, NLMSG_DONE = 2, 3
+TCP_ESTABLISHED, TCP_FIN_WAIT2, TCP_CLOSE_WAIT, TCP_LISTEN = 1, 5, 8, 10
+TIMEWAIT_TIMER = 3  # idiag_timer of a socket that only waits to be forgotten
+NETLINK_LIMIT_S = 3.0
+
+
+def dump_tcp(*states: int) -> Iterator[memoryview]:
+    """Yield a struct inet_diag_msg for each TCP socket in these states, of both families.
+
+    Needs no privilege. Raises OSError if the kernel has no tcp_diag.
+    """
+    request = struct.pack("=IHHII BBBB 48x II", 16 + 60, TCPDIAG_GETSOCK, NLM_F_REQUEST_DUMP,
+                          1, 0, 0, 0, 0, 0, sum(1 << state for state in states), 0)
+    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, NETLINK_SOCK_DIAG) as sock:
+        sock.settimeout(NETLINK_LIMIT_S)
+        sock.send(request)
+        while True:
+            data = memoryview(sock.recv(256 * 1024))
+            while len(data) >= 16:
+                length, kind = struct.unpack_from("=IH", data)
+                if kind == NLMSG_DONE:
+                    return
+                if kind == NLMSG_ERROR:
+                    code = -struct.unpack_from("=i", data, 16)[0]
+                    raise OSError(code, os.strerror(code))
+                yield data[16:length]
+                data = data[(length + 3) & ~3 or len(data) :]
+
+
+class TcpCensus(NamedTuple):
+    """How many TCP sockets of both families are in a state."""
+
+    established: int
+    close_wait: int
+    fin_wait2_forgotten: int  # FIN_WAIT2 whose socket is gone already: sockstat's `tw` has them
+
+
+def count_tcp(*states: int) -> TcpCensus:
+    """Count the sockets in these of the census' states; the others are 0."""
+    established = close_wait = forgotten = 0
+    for message in dump_tcp(*states):
+        established += message[1] == TCP_ESTABLISHED  # idiag_state
+        close_wait += message[1] == TCP_CLOSE_WAIT
+        forgotten += message[1] == TCP_FIN_WAIT2 and message[2] == TIMEWAIT_TIMER  # idiag_timer
+    return TcpCensus(established, close_wait, forgotten)
+
+
+class TcpCounter:
+    """Counts TCP connections as ss(8) does, without walking the established ones.
+
+    CurrEstab holds ESTABLISHED plus CLOSE_WAIT on today's kernels and ESTABLISHED alone on
+    those before mid-2024. Which it is shows when there is a CLOSE_WAIT to tell by; until
+    then the two agree.
+    """
+
+    def __init__(self, proc: str, count: Callable[..., TcpCensus]) -> None:
+        self._proc = proc
+        self._count = count
+        self._includes_close_wait: bool | None = None
+
+    def read(self) -> TcpCensus:
+        census = self._count(TCP_CLOSE_WAIT, TCP_FIN_WAIT2)
+        curr_estab = self._curr_estab()
+        close_wait = census.close_wait
+        if close_wait and self._includes_close_wait is None:
+            again = self._count(TCP_ESTABLISHED, TCP_CLOSE_WAIT)
+            quiet = curr_estab == self._curr_estab() and close_wait == again.close_wait
+            if quiet and curr_estab - again.established in (0, close_wait):
+                self._includes_close_wait = curr_estab != again.established
+            return census._replace(established=again.established)
+        included = close_wait if self._includes_close_wait else 0
+        return census._replace(established=max(0, curr_estab - included))
+
+    def _curr_estab(self) -> int:
+        return parse_curr_estab(read_bytes(f"{self._proc}/net/snmp"))
+
+
+def parse_time_wait(sockstat: bytes) -> int:
+    """Return `tw` of /proc/net/sockstat: TIME_WAIT and forgotten FIN_WAIT2, both families."""
+    found = re.search(rb"^TCP:.*\btw (\d+)", sockstat, re.MULTILINE)
+    if not found:
+        raise ValueError("no TCP line in /proc/net/sockstat")
+    return int(found[1])
+
+
+def parse_curr_estab(snmp: bytes) -> int:
+    """Return CurrEstab of /proc/net/snmp, which counts both address families."""
+    names, values = (line.split() for line in snmp.splitlines() if line.startswith(b"Tcp:"))
+    return int(values[names.index(b"CurrEstab")])
+
+
+def check_by_connect(
+    host: str, ports: Iterable[int], limit_s: float = PORT_CHECK_LIMIT_S
+) -> dict[int, bool]:
+    """Connect to all ports at once and send nothing; return port -> whether it accepted.
+
+    Raises OSError when this machine has no socket or local port to try with.
+    """
+    result = dict.fromkeys(ports, False)
+    waiting: dict[int, tuple[int, socket.socket]] = {}
+    poll = select.poll()
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    deadline = time.monotonic() + limit_s
+    try:
+        for port in result:
+            sock = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+            waiting[sock.fileno()] = (port, sock)
+            code = sock.connect_ex((host, port))
+            if code in (errno.EADDRNOTAVAIL, errno.ENOBUFS, errno.ENOMEM, errno.EAGAIN):
+                raise OSError(code, os.strerror(code))
+            if code in (0, errno.EINPROGRESS):
+                poll.register(sock, select.POLLOUT)
+            else:
+                waiting.pop(sock.fileno())[1].close()
+        while waiting and (left := deadline - time.monotonic()) > 0:
+            for fd, _ in poll.poll(math.ceil(left * 1000)):
+                poll.unregister(fd)
+                port, sock = waiting.pop(fd)
+                with sock:
+                    result[port] = _is_connected(sock)
+    finally:
+        for _, sock in waiting.values():
+            sock.close()
+    return result
+
+
+def _is_connected(sock: socket.socket) -> bool:
+    """Tell whether a connect succeeded, and not to itself (a free port in the local range)."""
+    try:
+        return bool(sock.getpeername() != sock.getsockname())
+    except OSError:
+        return False
+
+
+def check_by_listener(host: str, ports: Iterable[int]) -> dict[int, bool]:
+    """Ask the kernel for listeners that serve this address; a full accept queue counts as down."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    wanted = socket.inet_pton(family, host)
+    result = dict.fromkeys(ports, False)
+    for message in dump_tcp(TCP_LISTEN):
+        # struct inet_diag_msg: family, .., id.sport (big endian) at 4, id.src at 8,
+        # rqueue (the accept queue) at 56, wqueue (its limit) at 60, attributes from 72
+        port = struct.unpack_from("!H", message, 4)[0]
+        queued, limit = struct.unpack_from("=II", message, 56)
+        if port in result and queued <= limit and _serves(message, family, wanted):
+            result[port] = True
+    return result
+
+
+INET_DIAG_SKV6ONLY = 11  # linux/inet_diag.h
+IPV4_MAPPED = bytes(10) + b"\xff\xff"
+
+
+def _serves(message: memoryview, family: int, wanted: bytes) -> bool:
+    bound = bytes(message[8 : 8 + len(wanted)])
+    if message[0] == family:
+        return bound == wanted or not any(bound)
+    if message[0] != socket.AF_INET6:
+        return False
+    if any(message[8:24]):
+        return bytes(message[8:24]) == IPV4_MAPPED + wanted
+    # An IPv6 wildcard serves IPv4 too, unless IPV6_V6ONLY is set.
+    attributes = message[72:]
+    while len(attributes) >= 4:
+        length, kind = struct.unpack_from("=HH", attributes)
+        if kind == INET_DIAG_SKV6ONLY:
+            return not attributes[4]
+        attributes = attributes[(length + 3) & ~3 or len(attributes) :]
+    return True
+
+
+# --- settings ----------------------------------------------------------------------------
+
+
+class SettingsError(Exception):
+    """Wrong settings; `problems` holds one line for each."""
+
+    def __init__(self, problems: list[str]) -> None:
+        super().__init__("\n".join(problems))
+        self.problems = problems
+
+
+# Parts of 1 to 63 letters; urlsplit has lowered them and taken the brackets off an IPv6 address.
+HOST = re.compile(r"([a-z0-9_]([a-z0-9_-]{0,62})(\.|$))+|[0-9a-f]*:[0-9a-f:.]+")
+
+
+def _url(text: str) -> str:
+    if not text.isascii() or any(c <= " " or c == "\x7f" for c in text):
+        raise ValueError("holds a blank, a control character or a letter outside ASCII")
+    try:
+        parts = urlsplit(text)
+        port = parts.port
+    except ValueError:
+        raise ValueError("is not a URL: look at its port and brackets") from None
+    if "@" in parts.netloc:
+        raise ValueError("must not hold a user name or password; the key belongs in API_KEY")
+    if parts.scheme not in ("http", "https") or not parts.hostname or port == 0:
+        raise ValueError("must be https://, a host name and, if need be, a port and a path")
+    if "?" in text or "#" in text:
+        raise ValueError("must not hold '?' or '#'")
+    if not HOST.fullmatch(parts.hostname):
+        raise ValueError("must hold a host name, or an IP address ([..] around an IPv6 one)")
+    return parts.geturl().rstrip("/")  # with the scheme in lower case
+
+
+def _key(text: str) -> str:
+    if not all("!" <= c <= "~" for c in text):
+        raise ValueError("must be visible ASCII without blanks or line breaks")
+    return text
+
+
+def _node_id(text: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9._:@-]{1,100}", text):
+        raise ValueError("must be 1 to 100 letters, digits or . _ : @ -")
+    return text
+
+
+def _whole(low: int, high: int) -> Callable[[str], int]:
+    def parse(text: str) -> int:
+        if not re.fullmatch(r"[0-9]{1,9}", text) or not low <= int(text) <= high:
+            raise ValueError(f"must be a whole number from {low} to {high}")
+        return int(text)
+
+    return parse
+
+
+def _choice(*names: str) -> Callable[[str], str]:
+    def parse(text: str) -> str:
+        if text.lower() not in names:
+            raise ValueError(f"must be one of {', '.join(names)}")
+        return text.lower()
+
+    return parse
+
+
+def _flag(text: str) -> bool:
+    return _choice("true", "false")(text) == "true"
+
+
+def _ports(text: str) -> tuple[int, ...] | None:
+    if text.lower() == "auto":
+        return None
+    try:
+        return tuple(dict.fromkeys(map(_whole(1, 65535), re.split(r"[,\s]+", text))))
+    except ValueError:
+        raise ValueError("must be auto or port numbers from 1 to 65535, with commas") from None
+
+
+def _ip_literal(text: str) -> str:
+    for family in (socket.AF_INET, socket.AF_INET6):
+        try:
+            return socket.inet_ntop(family, socket.inet_pton(family, text))
+        except OSError:
+            continue
+    raise ValueError("must be an IPv4 or IPv6 address, not a name")
+
+
+def _names(text: str) -> tuple[str, ...] | None:
+    if text.lower() == "auto":
+        return None
+    names = tuple(dict.fromkeys(re.split(r"[,\s]+", text)))
+    if not all(re.fullmatch(r"[^/\0]{1,15}", name) for name in names):
+        raise ValueError("must be auto or names of interfaces, with commas")
+    return names
+
+
+def _paths(text: str) -> tuple[str, ...] | None:
+    if text.lower() == "auto":
+        return None
+    paths = tuple(path.strip() for path in text.split(","))
+    if not all(path.startswith("/") and "\0" not in path for path in paths):
+        raise ValueError("must be auto or absolute paths, with commas")
+    return paths
+
+
+def _watched(text: str) -> tuple[tuple[str, str], ...]:
+    pairs = []
+    for pair in filter(None, re.split(r"[,\s]+", text)):
+        found = re.fullmatch(r"([a-z0-9][a-z0-9_.-]{0,31})=([!-~]{1,255})", pair)
+        if not found:
+            raise ValueError("must be name=program pairs, with commas; names in lower case")
+        if found[1] in SERVICES:
+            raise ValueError(f"{found[1]} is reported anyway; take another name")
+        if found[2] in SERVICE_COMMS:
+            raise ValueError(f"{found[2]} is reported anyway, as {SERVICE_COMMS[found[2]]}")
+        pairs.append((found[1], found[2][:15]))  # the kernel cuts comm to 15 bytes
+    return tuple(pairs)
+
+
+def _ca_bundle(text: str) -> str:
+    if text:
+        try:
+            ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(cafile=text)
+        except ssl.SSLError:
+            raise ValueError("holds no certificate in PEM form") from None
+        except OSError as error:
+            raise ValueError(f"cannot be read: {os.strerror(error.errno or 0)}") from None
+    return text
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """One setting: how its text becomes a value, and what an administrator is told of it."""
+
+    name: str
+    parse: Callable[[str], Any]
+    default: str  # "" with `required`: there is none
+    help: str
+    example: str
+    required: bool = False
+    secret: bool = False
+
+
+SETTINGS = (
+    Setting(
+        "DASHBOARD_URL", _url, "", "address of the dashboard", "https://monitor.example.com",
+        required=True,
+    ),
+    Setting(
+        "API_KEY", _key, "", "key that the dashboard gave out for its agents", "k3yOfTheDashboard",
+        required=True, secret=True,
+    ),
+    Setting("NODE_ID", _node_id, "", "name of this node; empty: its host name", "mta-01"),
+    Setting(
+        "NODE_ROLE", _choice("auto", *ROLE_PORTS), "auto",
+        "role of this node; auto: by the mail daemons that run", "zonemta-outbound",
+    ),
+    Setting(
+        "HEARTBEAT_INTERVAL", _whole(1_000, 300_000), "15000",
+        "time between two samples, in milliseconds", "15000",
+    ),
+    Setting(
+        "LOG_LEVEL", _choice("debug", "info", "warning", "error"), "info",
+        "least level that is logged: debug, info, warning or error", "info",
+    ),
+    Setting(
+        "CHECK_PORTS", _ports, "auto", "TCP ports to check; auto: those of the role", "25,587,993",
+    ),
+    Setting("CHECK_HOST", _ip_literal, "127.0.0.1", "IP address to check them at", "10.0.0.5"),
+    Setting(
+        "CHECK_MODE", _choice("connect", "listen"), "connect",
+        "connect to each port, or ask the kernel who listens (nothing in the mail log)", "listen",
+    ),
+    Setting(
+        "DISK_PATHS", _paths, "auto", "file systems to report; auto: all local ones", "/,/var/mail",
+    ),
+    Setting(
+        "NET_INTERFACES", _names, "auto",
+        "interfaces to add up; auto: those with hardware behind them", "eth0,eth1",
+    ),
+    Setting(
+        "WATCH_PROCESSES", _watched, "",
+        "more services to report, as name=program (the exact name that ps -o comm shows)",
+        "postfix=master,dovecot=dovecot",
+    ),
+    Setting(
+        "BUFFER_SIZE", _whole(10, 10_000), "100",
+        "samples kept while the dashboard cannot be reached", "1000",
+    ),
+    Setting(
+        "CA_BUNDLE", _ca_bundle, "", "PEM file with the CA to trust; empty: the system's store",
+        "/etc/ssl/certs/my-ca.pem",
+    ),
+    Setting(
+        "ALLOW_HTTP", _flag, "false", "true: send the key over http:// to another machine", "true",
+    ),
+    Setting(
+        "MEMORY_LIMIT_MB", _whole(48, 72), "64",
+        "resident memory in MiB above which the agent asks systemd for a restart", "64",
+    ),
+    Setting(
+        "DASHBOARD_API", _choice("v1", "tinomail-monitor"), "v1",
+        "dialect that the dashboard speaks: v1 or tinomail-monitor", "tinomail-monitor",
+    ),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Config:
+    """All settings, parsed: a field per row of SETTINGS, in lower case."""
+
+    dashboard_url: str
+    api_key: str = field(repr=False)
+    node_id: str
+    node_role: str
+    heartbeat_interval: int  # milliseconds
+    log_level: str
+    check_ports: tuple[int, ...] | None  # None: auto
+    check_host: str
+    check_mode: str
+    disk_paths: tuple[str, ...] | None  # None: auto
+    net_interfaces: tuple[str, ...] | None  # None: auto
+    watch_processes: tuple[tuple[str, str], ...]  # (service, comm)
+    buffer_size: int
+    ca_bundle: str
+    allow_http: bool
+    memory_limit_mb: int
+    dashboard_api: str
+    env_file: str  # where settings were read from; "" for the environment alone
+    warnings: tuple[str, ...]
+
+    @property
+    def interval_s(self) -> float:
+        return self.heartbeat_interval / 1000
+
+
+AGENT_MIB = 34  # what the agent needs, its buffer aside
+BUFFERED_SAMPLE_BYTES = 2560  # of a large machine, with what Python needs for it
+DEAD_AFTER_MS = 45_000  # the dashboard's three heartbeats of 15 s
+KNOWN_NAMES = frozenset(setting.name for setting in SETTINGS)
+NEWLINE = re.compile(r"\r\n|\n|\r")
+
+SERVICE_ENV_FILE = "/etc/tinomail-agent/agent.env"  # LoadCredential= of the unit
+
+
+def find_env_file(option: str | None, environ: Mapping[str, str]) -> str:
+    """Return the env file to read ("" if there is none): --env-file, credential, ./, /etc."""
+    if option is not None:
+        return option
+    places = ["./.agent.env", SERVICE_ENV_FILE]
+    if "CREDENTIALS_DIRECTORY" in environ:  # systemd.exec(5), LoadCredential=
+        places.insert(0, os.path.join(environ["CREDENTIALS_DIRECTORY"], "agent.env"))
+    return next((place for place in places if os.path.lexists(place)), "")
+
+
+def parse_env(data: bytes) -> tuple[dict[str, str], list[str]]:
+    """Parse the bytes of an env file into (name -> value, problems), without interpolation."""
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data[: error.start].count(b"\n") + 1
+        return {}, [f"line {line}: is not UTF-8 text; save the file as UTF-8"]
+    values: dict[str, str] = {}
+    problems: list[str] = []
+    for binding in dotenv.parser.parse_stream(io.StringIO(text)):
+        blank = re.match(r"\s*", binding.original.string)[0]  # type: ignore[index]
+        where = f"line {binding.original.line + len(re.findall(NEWLINE, blank))}"
+        if binding.error or (binding.key is not None and binding.value is None):
+            problems.append(
+                f"{where}: is not NAME=value, or a quote is not closed (example: NODE_ROLE=auto)"
+            )
+        elif binding.key in KNOWN_NAMES:
+            values[binding.key] = binding.value or ""
+        elif binding.key is not None:
+            problems.append(f"{where}: {_unknown_name(binding.key)}")
+    return values, problems
+
+
+def _unknown_name(name: str) -> str:
+    """Say what may have been meant. What does not look like a name may be a piece of the key."""
+    import difflib  # only when something is wrong
+
+    near = difflib.get_close_matches(name.upper(), KNOWN_NAMES, 1)
+    safe = re.fullmatch("[A-Z_]{3,40}", name)
+    way_out = f"did you mean {near[0]}?" if near else "agent.env.example lists them all"
+    return (f"there is no setting {name}; " if safe else "unknown setting; ") + way_out
+
+
+def read_env_file(path: str) -> tuple[dict[str, str], list[str], list[str]]:
+    """Read an env file; return (name -> value, problems, warnings)."""
+    try:
+        with open(path, "rb") as stream:
+            data = stream.read(MIB)
+            mode = os.fstat(stream.fileno()).st_mode
+    except OSError as error:
+        return {}, [f"{path}: cannot be read: {os.strerror(error.errno or 0)}"], []
+    values, problems = parse_env(data)
+    warnings = []
+    if values.get("API_KEY") and mode & stat.S_IROTH:
+        warnings.append(f"{path}: every user can read the key in it: chmod 600 {path}")
+    return values, [f"{path}, {problem}" for problem in problems], warnings
+
+
+def load_config(
+    environ: Mapping[str, str], env_file: str | None = None, *, need_dashboard: bool = True
+) -> Config:
+    """Build the Config from the process environment, then the env file, then the defaults.
+
+    An empty value counts as not set. Raises SettingsError with every problem at once.
+    With need_dashboard=False, DASHBOARD_URL and API_KEY may be missing (then "").
+    """
+    path = find_env_file(env_file, environ)
+    if not need_dashboard and env_file is None and not os.access(path, os.R_OK):
+        path = ""  # the service's, which is root's: a sample can be shown without it
+    from_file, problems, warnings = read_env_file(path) if path else ({}, [], [])
+    if path == os.path.join(environ.get("CREDENTIALS_DIRECTORY", "/"), "agent.env"):
+        # systemd's copy of it, which is gone when we are
+        problems = [problem.replace(path, SERVICE_ENV_FILE, 1) for problem in problems]
+    unread = bool(problems) and not from_file
+    values: dict[str, Any] = {}
+    for setting in SETTINGS:
+        text = environ.get(setting.name) or from_file.get(setting.name) or setting.default
+        if setting.name == "NODE_ID":
+            text = text or socket.gethostname()
+        if not text and setting.required:
+            if need_dashboard and not unread:
+                problems.append(
+                    f"{setting.name}: is missing (example: {setting.name}={setting.example})"
+                )
+            values[setting.name.lower()] = ""
+            continue
+        try:
+            values[setting.name.lower()] = setting.parse(text)
+        except ValueError as error:
+            problems.append(
+                f"{setting.name}: {error} (example: {setting.name}={setting.example})"
+            )
+    problems += _contradictions(values)
+    if not problems:
+        warnings += _second_thoughts(values)
+    if problems:
+        raise SettingsError(problems)
+    return Config(**values, env_file=path, warnings=tuple(warnings))
+
+
+def _contradictions(values: Mapping[str, Any]) -> list[str]:
+    """Return what each setting allows by itself, but not together with another."""
+    found = []
+    url, allow_http = values.get("dashboard_url", ""), values.get("allow_http", True)
+    if url.startswith("http://") and not allow_http and not _is_loopback(urlsplit(url).hostname):
+        found.append(
+            "DASHBOARD_URL: http:// would send the key in clear text; "
+            "use https://, or set ALLOW_HTTP=true if the network is your own"
+        )
+    limit_mib = values.get("memory_limit_mb", 64)
+    most = (limit_mib - AGENT_MIB) * MIB // BUFFERED_SAMPLE_BYTES
+    if values.get("buffer_size", 0) > most:
+        found.append(
+            f"BUFFER_SIZE: more than {most} samples do not fit under MEMORY_LIMIT_MB={limit_mib} "
+            "(example: BUFFER_SIZE=1000)"
+        )
+    return found
+
+
+def _second_thoughts(values: Mapping[str, Any]) -> list[str]:
+    """Return what is allowed, but seldom meant."""
+    found = []
+    if values["node_id"].split(".")[0] == "localhost":
+        found.append("NODE_ID: this node reports as localhost: set NODE_ID, or its host name")
+    if values["heartbeat_interval"] > DEAD_AFTER_MS:
+        found.append(
+            f"HEARTBEAT_INTERVAL: the dashboard takes a node for dead after {DEAD_AFTER_MS} ms"
+        )
+    return found
+
+
+def _is_loopback(host: str | None) -> bool:
+    if host in ("localhost", "::1"):
+        return True
+    try:
+        return socket.inet_pton(socket.AF_INET, host or "")[0] == 127
+    except OSError:
+        return False
+
+
+# --- logging -----------------------------------------------------------------------------
 
 JOURNAL_PRIORITY = {  # sd-daemon(3)
     logging.DEBUG: 7, logging.INFO: 6, logging.WARNING: 4, logging.ERROR: 3, logging.CRITICAL: 2,
@@ -3221,7 +3222,7 @@ def set_up_logging(level: str, key: str, environ: Mapping[str, str]) -> None:
     log.setLevel(level.upper())
 
 
-# --- command line -------------------------------------------------------------------------
+# --- command line ------------------------------------------------------------------------
 
 
 def build_parser() -> argparse.ArgumentParser:

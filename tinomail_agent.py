@@ -2936,99 +2936,88 @@ class Setting:
     secret: bool = False
 
 
-SETTINGS = (
-    Setting(
-        "DASHBOARD_URL", _url, "", "address of the dashboard", "https://monitor.example.com",
-        required=True,
-    ),
-    Setting(
-        "API_KEY", _key, "", "key that the dashboard gave out for its agents", "k3yOfTheDashboard",
-        required=True, secret=True,
-    ),
-    Setting("NODE_ID", _node_id, "", "name of this node; empty: its host name", "mta-01"),
-    Setting(
-        "NODE_ROLE", _choice("auto", *ROLE_PORTS), "auto",
-        "role of this node; auto: by the mail daemons that run", "zonemta-outbound",
-    ),
-    Setting(
-        "HEARTBEAT_INTERVAL", _whole(1_000, 300_000), "15000",
-        "time between two samples, in milliseconds", "15000",
-    ),
-    Setting(
-        "LOG_LEVEL", _choice("debug", "info", "warning", "error"), "info",
-        "least level that is logged: debug, info, warning or error", "info",
-    ),
-    Setting(
-        "CHECK_PORTS", _ports, "auto", "TCP ports to check; auto: those of the role", "25,587,993",
-    ),
-    Setting("CHECK_HOST", _ip_literal, "127.0.0.1", "IP address to check them at", "10.0.0.5"),
-    Setting(
-        "CHECK_MODE", _choice("connect", "listen"), "connect",
-        "connect to each port, or ask the kernel who listens (nothing in the mail log)", "listen",
-    ),
-    Setting(
-        "DISK_PATHS", _paths, "auto", "file systems to report; auto: all local ones", "/,/var/mail",
-    ),
-    Setting(
-        "NET_INTERFACES", _names, "auto",
-        "interfaces to add up; auto: those with hardware behind them", "eth0,eth1",
-    ),
-    Setting(
-        "WATCH_PROCESSES", _watched, "",
-        "more services to report, as name=program (the exact name that ps -o comm shows)",
-        "postfix=master,dovecot=dovecot",
-    ),
-    Setting(
-        "BUFFER_SIZE", _whole(10, 10_000), "100",
-        "samples kept while the dashboard cannot be reached", "1000",
-    ),
-    Setting(
-        "CA_BUNDLE", _ca_bundle, "", "PEM file with the CA to trust; empty: the system's store",
-        "/etc/ssl/certs/my-ca.pem",
-    ),
-    Setting(
-        "ALLOW_HTTP", _flag, "false", "true: send the key over http:// to another machine", "true",
-    ),
-    Setting(
-        "MEMORY_LIMIT_MB", _whole(48, 72), "64",
-        "resident memory in MiB above which the agent asks systemd for a restart", "64",
-    ),
-    Setting(
-        "DASHBOARD_API", _choice("v1", "tinomail-monitor"), "v1",
-        "dialect that the dashboard speaks: v1 or tinomail-monitor", "tinomail-monitor",
-    ),
-)
+def _setting(
+    parse: Callable[[str], Any], default: str, help: str, example: str, **more: bool
+) -> Any:
+    """Return the field of a setting; the field's name, in capitals, is the setting's."""
+    row = {"parse": parse, "default": default, "help": help, "example": example, **more}
+    return field(repr=not more.get("secret"), metadata=row)
 
 
 @dataclass(frozen=True, slots=True)
 class Config:
-    """All settings, parsed: a field per row of SETTINGS, in lower case."""
+    """All settings, parsed. None stands for auto."""
 
-    dashboard_url: str
-    api_key: str = field(repr=False)
-    node_id: str
-    node_role: str
-    heartbeat_interval: int  # milliseconds
-    log_level: str
-    check_ports: tuple[int, ...] | None  # None: auto
-    check_host: str
-    check_mode: str
-    disk_paths: tuple[str, ...] | None  # None: auto
-    net_interfaces: tuple[str, ...] | None  # None: auto
-    watch_processes: tuple[tuple[str, str], ...]  # (service, comm)
-    buffer_size: int
-    ca_bundle: str
-    allow_http: bool
-    memory_limit_mb: int
-    dashboard_api: str
-    env_file: str  # where settings were read from; "" for the environment alone
-    warnings: tuple[str, ...]
+    dashboard_url: str = _setting(
+        _url, "", "address of the dashboard", "https://monitor.example.com", required=True
+    )
+    api_key: str = _setting(
+        _key, "", "key that the dashboard gave out for its agents", "k3yOfTheDashboard",
+        required=True, secret=True,
+    )
+    node_id: str = _setting(_node_id, "", "name of this node; empty: its host name", "mta-01")
+    node_role: str = _setting(
+        _choice("auto", *ROLE_PORTS), "auto",
+        "role of this node; auto: by the mail daemons that run", "zonemta-outbound",
+    )
+    heartbeat_interval: int = _setting(
+        _whole(1_000, 300_000), "15000", "time between two samples, in milliseconds", "15000"
+    )
+    log_level: str = _setting(
+        _choice("debug", "info", "warning", "error"), "info",
+        "least level that is logged: debug, info, warning or error", "info",
+    )
+    check_ports: tuple[int, ...] | None = _setting(
+        _ports, "auto", "TCP ports to check; auto: those of the role", "25,587,993"
+    )
+    check_host: str = _setting(
+        _ip_literal, "127.0.0.1", "IP address to check them at", "10.0.0.5"
+    )
+    check_mode: str = _setting(
+        _choice("connect", "listen"), "connect",
+        "connect to each port, or ask the kernel who listens (nothing in the mail log)", "listen",
+    )
+    disk_paths: tuple[str, ...] | None = _setting(
+        _paths, "auto", "file systems to report; auto: all local ones", "/,/var/mail"
+    )
+    net_interfaces: tuple[str, ...] | None = _setting(
+        _names, "auto", "interfaces to add up; auto: those with hardware behind them", "eth0,eth1"
+    )
+    watch_processes: tuple[tuple[str, str], ...] = _setting(  # (service, comm)
+        _watched, "",
+        "more services to report, as name=program (the exact name that ps -o comm shows)",
+        "postfix=master,dovecot=dovecot",
+    )
+    buffer_size: int = _setting(
+        _whole(10, 10_000), "100", "samples kept while the dashboard cannot be reached", "1000"
+    )
+    ca_bundle: str = _setting(
+        _ca_bundle, "", "PEM file with the CA to trust; empty: the system's store",
+        "/etc/ssl/certs/my-ca.pem",
+    )
+    allow_http: bool = _setting(
+        _flag, "false", "true: send the key over http:// to another machine", "true"
+    )
+    memory_limit_mb: int = _setting(
+        _whole(48, 72), "64",
+        "resident memory in MiB above which the agent asks systemd for a restart", "64",
+    )
+    dashboard_api: str = _setting(
+        _choice("v1", "tinomail-monitor"), "v1",
+        "dialect that the dashboard speaks: v1 or tinomail-monitor", "tinomail-monitor",
+    )
+    env_file: str = ""  # where settings were read from; "" for the environment alone
+    warnings: tuple[str, ...] = ()
 
     @property
     def interval_s(self) -> float:
         return self.heartbeat_interval / 1000
 
 
+SETTINGS = tuple(
+    Setting(row.name.upper(), **row.metadata)
+    for row in dataclasses.fields(Config) if row.metadata
+)
 AGENT_MIB = 34  # what the agent needs, its buffer aside
 BUFFERED_SAMPLE_BYTES = 2560  # of a large machine, with what Python needs for it
 DEAD_AFTER_MS = 45_000  # the dashboard's three heartbeats of 15 s

@@ -520,7 +520,7 @@ def test_what_is_no_number_never_reaches_the_wire(
     bad: float | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     collector = agent.Collector(make_config(check_ports="1"))
-    collector._readers = (("load", lambda: {"x": bad, "y": 1}),)
+    collector.readers = {"load": lambda: {"x": bad, "y": 1}}
     body = body_of(collector)
     assert body["system"] == {"y": 1}
     assert body["agent"]["collect_errors"] == 1
@@ -563,11 +563,11 @@ def test_out_of_file_descriptors_is_no_verdict_on_the_daemons(
 def test_a_crash_of_a_reader_is_logged_once_and_counted(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def fail() -> None:
-        raise ZeroDivisionError
+    def fail() -> dict[str, float]:
+        return {"x": 1 / 0}
 
     collector = agent.Collector(make_config(check_ports="1"))
-    collector._readers = (("load", fail),)  # type: ignore[assignment]
+    collector.readers = {"load": fail}
     for _ in range(3):
         try:
             collector.collect()
@@ -653,12 +653,11 @@ def test_ranges(text: bytes, numbers: list[int]) -> None:
 def test_a_core_that_is_off_keeps_its_number(tmp_path: Path) -> None:
     (tmp_path / "devices/system/cpu").mkdir(parents=True)
     online = tmp_path / "devices/system/cpu/online"
-    collector = agent.Collector(make_config(), sys_root=str(tmp_path))
     online.write_text("0,2-3\n")
-    assert list(collector._online_cores(3)) == [0, 2, 3]
-    assert list(collector._online_cores(2)) == [0, 1]  # a container that sees two of them
+    assert list(agent.online_cores(str(tmp_path), 3)) == [0, 2, 3]
+    assert list(agent.online_cores(str(tmp_path), 2)) == [0, 1]  # a container that sees two of them
     online.write_text("?\n")
-    assert list(collector._online_cores(3)) == [0, 1, 2]
+    assert list(agent.online_cores(str(tmp_path), 3)) == [0, 1, 2]
 
 
 @pytest.mark.parametrize(
@@ -682,8 +681,8 @@ def test_the_port_of_a_bridge_is_not_counted_on_top(
         (tmp_path / "class/net/docker0" / f"lower_{name}").mkdir()
     if not ports:
         (tmp_path / "class/net/docker0/lower_x").mkdir()
-    collector = agent.Collector(make_config(), sys_root=str(tmp_path))
-    assert collector._interfaces(dict.fromkeys(("lo", "eth0", "docker0", "vethx"))) == expected
+    base = str(tmp_path / "class/net")
+    assert agent.choose_interfaces(base, ("lo", "eth0", "docker0", "vethx")) == expected
 
 
 def test_a_watched_program_takes_nothing_from_the_mail_services(

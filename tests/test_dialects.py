@@ -35,7 +35,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import tinomail_agent as agent
-from tinomail_agent import Answer, Fate
+from tinomail_agent import Answer, Outcome
 
 MONITOR = "tinomail-monitor"
 STAMP = "2026-01-01T00:00:00.000Z"
@@ -292,8 +292,8 @@ def test_what_is_no_sample_breaks_nothing(neutral: Any, api: str) -> None:
     ],
 )
 def test_signs(api: str, answer: Answer, says: str) -> None:
-    verdict = agent.judge(answer, KEY, agent.DIALECTS[api].signs)
-    assert verdict.fate is Fate.KEPT
+    verdict = agent.judge(answer, KEY, agent.DIALECTS[api].hints)
+    assert verdict.outcome is Outcome.KEPT
     assert str(verdict).startswith(f"answered {answer.status}: ") and says in str(verdict)
 
 
@@ -304,7 +304,7 @@ def test_signs(api: str, answer: Answer, says: str) -> None:
      (MONITOR, Answer(500, body=b'{"error":{"code":"22003"}}'))],
 )
 def test_other_answers_are_no_sign(api: str, answer: Answer) -> None:
-    verdict = agent.judge(answer, KEY, agent.DIALECTS[api].signs)
+    verdict = agent.judge(answer, KEY, agent.DIALECTS[api].hints)
     assert verdict == agent.judge(answer, KEY)
     assert "DASHBOARD_API" not in str(verdict)
 

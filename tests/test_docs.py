@@ -100,7 +100,7 @@ def test_readme_explains_every_log_line() -> None:
     "there is no address of, or no route to, the dashboard",
     "a web page answered; DASHBOARD_URL is not the dashboard's",
     *(words for words in agent.STATUS_ADVICE.values() if "API_KEY" in words or "forbids" in words),
-    *(sign.advice for dialect in agent.DIALECTS.values() for sign in dialect.signs),
+    *(hint.advice for dialect in agent.DIALECTS.values() for hint in dialect.hints),
 ])
 def test_readme_explains_every_reason(problem: str) -> None:
     source = (ROOT / "tinomail_agent.py").read_text()

@@ -167,7 +167,7 @@ def test_answers(caplog: pytest.LogCaptureFixture) -> None:
     server = AnyServer(breaker.next() for _ in range(2 * ROUNDS))
     transport = agent.Transport(server.url)
     request = agent.Request("/api/v1/metrics/system", {"Content-Type": "application/json"}, b"{}")
-    fates = dict.fromkeys(agent.Fate, 0)
+    fates = dict.fromkeys(agent.Outcome, 0)
     try:
         with no_hang_no_growth() as half_way:
             for count in range(ROUNDS):
@@ -175,7 +175,7 @@ def test_answers(caplog: pytest.LogCaptureFixture) -> None:
                     half_way()
                 answer = transport.post(request, 5)
                 verdict = agent.judge(answer, KEY)
-                fates[verdict.fate] += 1
+                fates[verdict.outcome] += 1
                 shown = f"{verdict} {agent.excerpt(answer.body, KEY)}"
                 assert shown.isprintable() and len(shown) < 1000
                 assert KEY not in shown
@@ -187,8 +187,8 @@ def test_answers(caplog: pytest.LogCaptureFixture) -> None:
     finally:
         server.close()
         transport.close()
-    assert min(fates[fate] for fate in (agent.Fate.DELIVERED, agent.Fate.RETRY,
-                                        agent.Fate.KEPT, agent.Fate.REFUSED)) > 50, fates
+    assert min(fates[outcome] for outcome in (agent.Outcome.DELIVERED, agent.Outcome.RETRY,
+                                        agent.Outcome.KEPT, agent.Outcome.REFUSED)) > 50, fates
 
 
 def proc(name: str) -> bytes:

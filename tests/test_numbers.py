@@ -199,12 +199,16 @@ def test_tcp_as_ss(name: str, state: str, connections: None) -> None:
     counter = agent.Collector(make_config(check_ports="1"))
 
     def ours() -> int:
-        value: int = counter._read_tcp()[name]
+        value: int = counter.readers["tcp_connections"]()[name]
         return value
 
     agrees(lambda: ss_count(state), ours)
     agrees(lambda: ss_count(state), ours)  # again, when the kernel's way of counting is known
     assert ours() > 0
+
+
+def unexpected(name: str, why: str) -> None:
+    raise AssertionError(f"{name}: {why}")
 
 
 SNMP = b"Tcp: RtoAlgorithm CurrEstab InSegs\nTcp: 1 %d 5\n"
@@ -224,11 +228,11 @@ def test_both_kinds_of_kernel(includes: bool, tmp_path: Path) -> None:
         walks_of_established += walked
         return now if walked else now._replace(established=0)
 
-    counter = agent.TcpCounter(str(tmp_path), count)
+    counter = agent.TcpCounter(str(tmp_path), unexpected, count)
     for established, close_wait in ((10, 0), (10, 4), (12, 7), (3, 0), (3, 9)):
         now = agent.TcpCensus(established, close_wait, 1)
         (net / "snmp").write_bytes(SNMP % (established + close_wait * includes))
-        assert counter.read() == now
+        assert counter.census() == now
     assert walks_of_established == 1  # when there first was a CLOSE_WAIT to tell by
 
 
@@ -242,10 +246,10 @@ def test_a_moving_count_teaches_nothing(tmp_path: Path) -> None:
         walked = agent.TCP_ESTABLISHED in states
         return agent.TcpCensus(next(established) if walked else 0, 2, 0)
 
-    counter = agent.TcpCounter(str(tmp_path), count)
-    assert counter.read().established == 17  # neither 20 nor 18: one came in between
-    assert counter.read().established == 18
-    assert counter.read().established == 18  # known now: 20 - 2
+    counter = agent.TcpCounter(str(tmp_path), unexpected, count)
+    assert counter.census().established == 17  # neither 20 nor 18: one came in between
+    assert counter.census().established == 18
+    assert counter.census().established == 18  # known now: 20 - 2
 
 
 def test_sockstat_and_snmp_that_lack_the_line() -> None:
@@ -329,7 +333,7 @@ def test_a_link_into_a_network_file_system_is_not_followed(
 
 def test_a_path_that_is_not_there_is_said(caplog: pytest.LogCaptureFixture) -> None:
     collector = agent.Collector(make_config(disk_paths="/nowhere,/"))
-    assert len(collector._read_disks()["disks"]) == 1
+    assert len(collector.readers["disks"]()["disks"]) == 1
     [line] = [record.getMessage() for record in caplog.records]
     assert line.startswith("cannot read disk /nowhere of DISK_PATHS: No such file or directory")
     assert collector.collect_errors == 1
@@ -337,7 +341,7 @@ def test_a_path_that_is_not_there_is_said(caplog: pytest.LogCaptureFixture) -> N
 
 def test_disk_paths_choose(caplog: pytest.LogCaptureFixture) -> None:
     collector = agent.Collector(make_config(disk_paths="/, /usr"))
-    system = collector._read_disks()
+    system = collector.readers["disks"]()
     assert [row["mount"] for row in system["disks"]] == ["/"]
 
 
@@ -354,7 +358,7 @@ def test_the_fullest_disk_is_the_one_reported(monkeypatch: pytest.MonkeyPatch) -
     ids = {mount.path: mount.mount_id for mount in mounts}
     monkeypatch.setattr(agent, "visible_mount_id", lambda path, proc: ids[path])
     monkeypatch.setattr(os, "statvfs", statvfs)
-    assert collector._read_disks() == {
+    assert collector.readers["disks"]() == {
         "disk_used_percent": 94.7,  # 900 of 950
         "disk_free_bytes": 50 * 4096,
         "disks": [
@@ -374,7 +378,7 @@ def test_a_network_file_system_is_never_touched(
     monkeypatch.setattr(agent, "read_bytes", lambda path: MOUNTINFO.encode())
     collector = agent.Collector(make_config(disk_paths="/mnt/nfs/mail"))
     with pytest.raises(ValueError, match="no local file system"):
-        collector._read_disks()
+        collector.readers["disks"]()
     assert touched == []
 
 
@@ -420,10 +424,10 @@ def machine_collector(folder: Path) -> tuple[agent.Collector, Any]:
 def test_disk_rates_count_each_physical_device_once(tmp_path: Path) -> None:
     make_machine(tmp_path)
     collector, clock = machine_collector(tmp_path)
-    collector._read_disk_io()
+    collector.readers["disk_io"]()
     clock.advance(10)
     make_machine(tmp_path, sda_read=1000, sda_written=20, nvme_read=500, cciss=100)
-    assert collector._read_disk_io() == {
+    assert collector.readers["disk_io"]() == {
         "disk_read_bytes_sec": 1600 * 512 // 10,
         "disk_write_bytes_sec": 20 * 512 // 10,
     }
@@ -432,13 +436,13 @@ def test_disk_rates_count_each_physical_device_once(tmp_path: Path) -> None:
 def test_a_counter_that_went_backwards_gives_no_rate(tmp_path: Path) -> None:
     make_machine(tmp_path, sda_read=1000, nvme_read=1000)
     collector, clock = machine_collector(tmp_path)
-    collector._read_disk_io()
+    collector.readers["disk_io"]()
     clock.advance(10)
     make_machine(tmp_path, sda_read=10, nvme_read=9000, sda_written=100)
-    found = collector._read_disk_io()
+    found = collector.readers["disk_io"]()
     assert found == {"disk_read_bytes_sec": None, "disk_write_bytes_sec": 5120}
     clock.advance(10)
-    assert collector._read_disk_io()["disk_read_bytes_sec"] == 0
+    assert collector.readers["disk_io"]()["disk_read_bytes_sec"] == 0
 
 
 def test_no_rate_without_time() -> None:
@@ -453,7 +457,7 @@ def test_no_rate_without_a_device() -> None:
 def test_no_interface_is_not_zero_traffic() -> None:
     collector = agent.Collector(make_config(net_interfaces="wan7"))
     with pytest.raises(ValueError, match="no interface but lo"):
-        collector._read_network()
+        collector.readers["network"]()
 
 
 def test_a_new_device_does_not_bring_its_past_with_it() -> None:
@@ -489,16 +493,15 @@ def test_no_interface_is_counted_on_top_of_its_lower_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     make_nics(tmp_path, hardware, lower)
-    collector, _ = machine_collector(tmp_path)
     names = [path.name for path in (tmp_path / "sys/class/net").iterdir()]
-    assert set(collector._interfaces(dict.fromkeys(names))) == chosen
+    assert set(agent.choose_interfaces(str(tmp_path / "sys/class/net"), names)) == chosen
 
 
 def test_the_hidden_twin_of_an_interface_is_not_counted(tmp_path: Path) -> None:
     make_nics(tmp_path, ("eth0", "vf0"), {})
     (tmp_path / "sys/class/net/vf0/master").symlink_to("../eth0")
-    collector, _ = machine_collector(tmp_path)
-    assert collector._interfaces(dict.fromkeys(["lo", "eth0", "vf0"])) == ["eth0"]
+    base = str(tmp_path / "sys/class/net")
+    assert agent.choose_interfaces(base, ["lo", "eth0", "vf0"]) == ["eth0"]
 
 
 def test_network_rates_and_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -506,10 +509,10 @@ def test_network_rates_and_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     collector, clock = machine_collector(tmp_path)
     nics = {"lo": Nic(9, 9, 9), "eth0": Nic(1000, 100, 3), "eth1": Nic(0, 0)}
     monkeypatch.setattr(psutil, "net_io_counters", lambda pernic, nowrap: nics)
-    collector._read_network()
+    collector.readers["network"]()
     clock.advance(5)
     nics = {"lo": Nic(999, 999, 9), "eth0": Nic(2000, 200, 4), "eth1": Nic(500, 50)}
-    assert collector._read_network() == {
+    assert collector.readers["network"]() == {
         "net_rx_bytes_sec": 300, "net_tx_bytes_sec": 30, "net_rx_errors": 4, "net_tx_errors": 6,
     }
 
@@ -517,8 +520,10 @@ def test_network_rates_and_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 def test_interfaces_of_the_setting(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
+    nics = {"lo": Nic(9, 9, 1), "eth0": Nic(9, 9, 2)}
+    monkeypatch.setattr(psutil, "net_io_counters", lambda pernic, nowrap: nics)
     collector = agent.Collector(make_config(net_interfaces="lo,wan7"))
-    assert collector._interfaces({"lo": None, "eth0": None}) == ["lo"]
+    assert collector.readers["network"]()["net_rx_errors"] == 1
     assert collector.collect_errors == 1
 
 

@@ -443,10 +443,10 @@ def test_one_500_after_other_troubles_is_not_a_verdict(before: Answer, site: Sit
     """Only what says no to the sample itself counts, not the failures before it."""
     one = sample(7)
     for _ in range(agent.TRIES * agent.REFUSALS_BY_5XX + 5):
-        assert not site.sender._is_poison(one, agent.judge(before, KEY))
+        assert not site.sender._count_strike(one, agent.judge(before, KEY))
     boom = agent.judge(Answer(500), KEY)
     verdicts = [
-        site.sender._is_poison(one, boom) for _ in range(agent.TRIES * agent.REFUSALS_BY_5XX)
+        site.sender._count_strike(one, boom) for _ in range(agent.TRIES * agent.REFUSALS_BY_5XX)
     ]
     assert verdicts == [False] * (len(verdicts) - 1) + [True]
 

@@ -603,7 +603,7 @@ def scene_network(interfaces: str, sys_root: str) -> dict[str, Any]:
         there.bind(THERE)
         eventually(lambda: reaches(here, there, THERE) and reaches(there, here, HERE))
         before = settled_counters()
-        collector._read_network()
+        collector.readers["network"]()
         assert before == link_counters(), "it moved while we looked"
         send_traffic(here, there)
         spoil_traffic()
@@ -612,7 +612,7 @@ def scene_network(interfaces: str, sys_root: str) -> dict[str, Any]:
         tun.write(struct.pack("!BBHHHBBH4s4s", 0x45, 0, 20, 0, 0, 64, 17, 0, bytes(4), bytes(4)))
         after = settled_counters()
         now[0] = 10.0
-        found = collector._read_network()
+        found = collector.readers["network"]()
         assert after == link_counters(), "it moved while we looked"
     return {"before": before, "after": after, "agent": found}
 
@@ -661,8 +661,8 @@ def test_network_of_this_machine_as_ip() -> None:
         pytest.skip("no interface here has hardware behind it: a container")
     collector = agent.Collector(make_config())
     low = link_counters()
-    assert sorted(collector._interfaces(low)) == sorted(hardware)
-    found = collector._read_network()
+    assert sorted(agent.choose_interfaces("/sys/class/net", low)) == sorted(hardware)
+    found = collector.readers["network"]()
     high = link_counters()
     for column, name in ((2, "net_rx_errors"), (3, "net_tx_errors")):
         least, most = (sum(now[one][column] for one in hardware) for now in (low, high))
@@ -712,7 +712,7 @@ def scene_disk_io(image: str, stacked: bool) -> dict[str, Any]:
         mount("-t", "ext4", top, "/media/it")
         stack.callback(out, "umount", "/media/it")
         outer = [disk_counters()]
-        collector._read_disk_io()
+        collector.readers["disk_io"]()
         inner = [disk_counters()]
         with open("/media/it/file", "wb") as stream:
             stream.write(os.urandom(WRITTEN))
@@ -725,7 +725,7 @@ def scene_disk_io(image: str, stacked: bool) -> dict[str, Any]:
                 pass
         inner.append(disk_counters())
         now[0] = 10.0
-        found = collector._read_disk_io()
+        found = collector.readers["disk_io"]()
         outer.append(disk_counters())
         kinds = dict(line.split() for line in out("lsblk", "-dno", "KNAME,TYPE").splitlines())
         moving = os.path.basename(os.path.realpath(top))

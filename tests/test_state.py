@@ -199,7 +199,7 @@ def test_threads_that_fill_drain_and_mirror_at_once(folder: Path) -> None:
     while buffer.take_newest():
         buffer.settle(delivered=True)
     assert crashes == []
-    assert (on_disk(folder), buffer._bare, buffer._leftover) == ([], set(), set())
+    assert (on_disk(folder), buffer._unsaved, buffer._stale_files) == ([], set(), set())
 
 
 # --- what the next life finds
@@ -483,7 +483,7 @@ class Model(RuleBasedStateMachine):
         self.node.answer = answer
         kept = set(self.waiting())
         assert kept <= in_memory
-        if before.buffer._bare:  # what the disk did not take goes with the memory
+        if before.buffer._unsaved:  # what the disk did not take goes with the memory
             self.lost |= in_memory - kept
         assert in_memory - kept <= self.lost
         assert self.node.counters.loaded == len(kept)
@@ -508,7 +508,7 @@ class Model(RuleBasedStateMachine):
 
     @invariant()
     def the_disk_holds_what_waits(self) -> None:
-        bare = {stamp_of(self.node.buffer._ring[seq]) for seq in self.node.buffer._bare}
+        bare = {stamp_of(self.node.buffer._ring[seq]) for seq in self.node.buffer._unsaved}
         there = {stamp_of(self.node.buffer._ring[seq]) for seq in on_disk(self.folder)}
         assert there | bare == set(self.waiting())
         assert self.may_be_bare or not bare

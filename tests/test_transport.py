@@ -27,7 +27,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import tinomail_agent as agent
-from tinomail_agent import Answer, Fate
+from tinomail_agent import Answer, Outcome
 
 LIMIT_S = 1.0
 NODE = agent.Node("mta-01", "host", "10.0.0.1", "haraka", ("haraka", "redis"))
@@ -223,7 +223,7 @@ def test_an_answer_that_is_compressed_all_the_same() -> None:
     head = b"HTTP/1.1 200 OK\r\nContent-Encoding: gzip\r\nContent-Length: %d\r\n\r\n"
     url, _ = serve_raw(head % len(body) + body, head % 4 + b"junk")
     transport = agent.Transport(url)
-    assert agent.judge(transport.post(REQUEST, 3.0), KEY).fate is Fate.KEPT
+    assert agent.judge(transport.post(REQUEST, 3.0), KEY).outcome is Outcome.KEPT
     assert transport.post(REQUEST, 3.0).body == b"junk"
 
 
@@ -409,31 +409,31 @@ def judged(
     responses.add(responses.POST, f"{url}/api/v1/nodes", body=body, status=status,
                   content_type=content_type)
     answer = agent.Transport(url).post(REQUESTS[api])
-    return agent.judge(answer, KEY, agent.DIALECTS[api].signs)
+    return agent.judge(answer, KEY, agent.DIALECTS[api].hints)
 
 
 EXPECTED = {
-    **dict.fromkeys((200, 201, 202, 204, 409), Fate.DELIVERED),
-    **dict.fromkeys((408, 425, 429, 500, 502, 503, 504, 599), Fate.RETRY),
-    **dict.fromkeys((401, 403, 301, 302, 307, 308, 402, 405, 410, 418, 451), Fate.KEPT),
-    **dict.fromkeys((400, 413, 415, 422), Fate.REFUSED),
-    404: Fate.REGISTER,
+    **dict.fromkeys((200, 201, 202, 204, 409), Outcome.DELIVERED),
+    **dict.fromkeys((408, 425, 429, 500, 502, 503, 504, 599), Outcome.RETRY),
+    **dict.fromkeys((401, 403, 301, 302, 307, 308, 402, 405, 410, 418, 451), Outcome.KEPT),
+    **dict.fromkeys((400, 413, 415, 422), Outcome.REFUSED),
+    404: Outcome.REGISTER,
 }
 
 
-@pytest.mark.parametrize(("status", "fate"), EXPECTED.items())
-def test_the_table_of_answers(status: int, fate: Fate, api: str) -> None:
+@pytest.mark.parametrize(("status", "outcome"), EXPECTED.items())
+def test_the_table_of_answers(status: int, outcome: Outcome, api: str) -> None:
     if (status, api) == (404, "tinomail-monitor"):  # it never asks for a registration
-        fate = Fate.KEPT
+        outcome = Outcome.KEPT
     verdict = judged(status, "" if status == 204 else "{}", api=api)
-    assert verdict.fate is fate
-    if fate is not Fate.DELIVERED:
+    assert verdict.outcome is outcome
+    if outcome is not Outcome.DELIVERED:
         assert verdict.problem.startswith(f"answered {status}")
 
 
 @pytest.mark.parametrize(("status", "body"), [(204, ""), (200, ""), (200, '{"success": true}')])
 def test_a_careless_content_type_is_no_web_page(status: int, body: str) -> None:
-    assert judged(status, body, "text/html; charset=utf-8").fate is Fate.DELIVERED
+    assert judged(status, body, "text/html; charset=utf-8").outcome is Outcome.DELIVERED
 
 
 @pytest.mark.parametrize(
@@ -443,7 +443,7 @@ def test_a_careless_content_type_is_no_web_page(status: int, body: str) -> None:
 )
 def test_a_web_page_is_no_delivery(body: str, content_type: str) -> None:
     verdict = judged(200, body, content_type)
-    assert verdict.fate is Fate.KEPT and "web page" in verdict.problem
+    assert verdict.outcome is Outcome.KEPT and "web page" in verdict.problem
 
 
 @pytest.mark.parametrize(
@@ -453,7 +453,7 @@ def test_a_web_page_is_no_delivery(body: str, content_type: str) -> None:
      ('{"data": {"success": false}}', True), ("[" * 5000, True)],
 )
 def test_success_false(body: str, delivered: bool) -> None:
-    assert (judged(200, body).fate is Fate.DELIVERED) is delivered
+    assert (judged(200, body).outcome is Outcome.DELIVERED) is delivered
 
 
 @pytest.mark.parametrize(
@@ -480,8 +480,8 @@ def test_no_answer_breaks_the_judge(
 ) -> None:
     answer = Answer(status, "", body, content_type, header, header, header)
     for dialect in agent.DIALECTS.values():
-        verdict = agent.judge(answer, KEY, dialect.signs)
-        assert isinstance(verdict.fate, Fate)
+        verdict = agent.judge(answer, KEY, dialect.hints)
+        assert isinstance(verdict.outcome, Outcome)
         assert "\n" not in str(verdict) and len(str(verdict)) < 400
     assert 0 <= agent.retry_after_s(answer, 0.0) <= agent.RETRY_AFTER_LIMIT_S
     agent.confirmed_id(body)

@@ -21,6 +21,7 @@ This file, from the top:
     the buffer                  samples that wait, in memory and on disk
     sending                     registration, delivery, retries
     --- what these four use ---
+    problems and workers        what is wrong now; calls that may never return
     what an answer leads to     status and body of an answer -> outcome
     dialects                    how each kind of dashboard is spoken to
     the way to the dashboard    one HTTP request with a deadline, TLS, addresses
@@ -108,6 +109,7 @@ PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 MIB = 1024 * 1024
 
 log = logging.getLogger("tinomail_agent")
+T = TypeVar("T")
 
 # What a reader of /proc, sysfs or psutil raises when a metric cannot be had.
 READ_ERRORS = (
@@ -964,6 +966,145 @@ class Sender:
         counters = self._buffer.counters()
         state = "ok" if self._down_since is None else "not delivering"
         return f"{state}: {counters.delivered} sent, {counters.waiting} waiting, {self.last}"
+
+
+# --- problems and workers ----------------------------------------------------------------
+
+
+class Problems:
+    """What is wrong now, as one thread sees it: logged when it begins, and when it ends.
+
+    A problem has a name and one or more descriptions; each description is logged once until
+    the problem ends, and again the next time. Not thread-safe: each thread has its own.
+    """
+
+    MOST_DESCRIPTIONS = 100  # of one problem: what varies without end is not logged without end
+
+    def __init__(self) -> None:
+        self._now: dict[str, set[str]] = {}  # name -> descriptions that were logged
+
+    def begin(self, name: str, description: str, detail: str = "") -> None:
+        """Log a problem, unless this description of it was logged since it began."""
+        known = self._now.setdefault(name, set())
+        if description not in known and len(known) < self.MOST_DESCRIPTIONS:
+            known.add(description)
+            log.warning("%s", f"{description}: {detail}" if detail else description)
+
+    def end(self, name: str, message: str = "", level: int = logging.INFO) -> None:
+        """Log the end of a problem, if it had begun."""
+        if self._now.pop(name, None) and message:
+            log.log(level, "%s", message)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._now
+
+
+@dataclass(slots=True)
+class _Batch:
+    """Calls on their way through one thread of a Worker."""
+
+    calls: Mapping[str, Callable[[], Any]]
+    current: str = ""  # the call that the thread is in
+    results: dict[str, Any] = field(default_factory=dict)
+    finished: threading.Event = field(default_factory=threading.Event)
+    is_abandoned: bool = False
+
+
+class Worker:
+    """Runs calls that may never return in a daemon thread, with a time limit for all of them.
+
+    A call that does not return in time is abandoned with its thread: it is named in the log,
+    and not made again until it returns. While MOST_ABANDONED calls hang, none is made.
+    """
+
+    MOST_ABANDONED = 4
+
+    def __init__(self, limit_s: float, problems: Problems) -> None:
+        self._limit_s = limit_s
+        self._problems = problems
+        self._inbox: queue.SimpleQueue[_Batch] | None = None  # of the thread at rest
+        self._abandoned: dict[str, _Batch] = {}  # name of a call that hangs -> its batch
+        self._lock = threading.Lock()  # one run() at a time; held for limit_s at most
+
+    def run(self, calls: Mapping[str, Callable[[], T]]) -> dict[str, T | Exception]:
+        """Make the calls in their order; return by name what each returned or raised.
+
+        A call that is missing in the result hangs, or there was no time or thread left for it.
+        Call it in every sample, with no calls if need be: it logs what hangs no more.
+        """
+        with self._lock:
+            self._welcome_returned()
+            deadline = time.monotonic() + self._limit_s
+            results: dict[str, Any] = {}
+            todo = {name: call for name, call in calls.items() if name not in self._abandoned}
+            while todo and len(self._abandoned) < self.MOST_ABANDONED:
+                batch = self._start(todo)
+                is_finished = self._wait(batch, deadline)
+                results.update(batch.results)
+                if is_finished:
+                    break
+                self._abandon(batch)
+                passed = {*results, batch.current}
+                todo = {name: call for name, call in todo.items() if name not in passed}
+                if time.monotonic() >= deadline:
+                    break
+            return results
+
+    def hanging(self) -> frozenset[str]:
+        """Return the names of the calls that hang."""
+        return frozenset(self._abandoned)
+
+    def _start(self, calls: Mapping[str, Callable[[], Any]]) -> _Batch:
+        if self._inbox is None:
+            self._inbox = queue.SimpleQueue()
+            threading.Thread(
+                target=self._work, args=(self._inbox,), name="worker", daemon=True
+            ).start()
+        batch = _Batch(calls)
+        self._inbox.put(batch)
+        return batch
+
+    @staticmethod
+    def _work(inbox: queue.SimpleQueue[_Batch]) -> None:
+        while True:
+            batch = inbox.get()
+            for name, call in batch.calls.items():
+                if batch.is_abandoned:
+                    return
+                batch.current = name
+                try:
+                    batch.results[name] = call()
+                except Exception as error:
+                    batch.results[name] = error
+            batch.finished.set()
+            if batch.is_abandoned:
+                return
+
+    def _wait(self, batch: _Batch, deadline: float) -> bool:
+        """Tell whether a batch finished: before the deadline, and with progress until then.
+
+        A call has half of the time that is left, so that the others have the rest.
+        """
+        while (left := deadline - time.monotonic()) > 0:
+            before = batch.current
+            if batch.finished.wait(max(left / 2, self._limit_s / 8)):
+                return True
+            if batch.current == before != "":
+                return False
+        return batch.finished.is_set()
+
+    def _abandon(self, batch: _Batch) -> None:
+        batch.is_abandoned = True
+        self._inbox = None
+        if batch.current:  # else the thread did not even begin: a machine under heavy load
+            self._abandoned[batch.current] = batch
+            self._problems.begin(batch.current, f"{batch.current} hangs")
+
+    def _welcome_returned(self) -> None:
+        for name, batch in list(self._abandoned.items()):
+            if name in batch.results:
+                del self._abandoned[name]
+                self._problems.end(name, f"{name} no longer hangs")
 
 
 # --- what an answer leads to -------------------------------------------------------------
@@ -1878,9 +2019,6 @@ def _reason(error: BaseException) -> str:
 
 def _printable(text: str) -> str:
     return "".join(c if c.isprintable() else "?" for c in text)
-
-
-T = TypeVar("T")
 
 
 class Change:

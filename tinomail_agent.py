@@ -48,8 +48,8 @@ import faulthandler
 import functools
 import gzip
 import http.client
-import http.cookiejar
 import io
+import itertools
 import json
 import logging
 import math
@@ -70,6 +70,7 @@ import time
 import zlib
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from datetime import timezone
 from email.utils import parsedate_to_datetime
 from enum import Enum
 from typing import Any, NamedTuple, TypeVar
@@ -85,24 +86,32 @@ import urllib3  # requests' own: its connections get a deadline here
 import urllib3.connection
 
 VERSION = "1.0.0"
+RELEASED = 1_793_491_200  # 2026-11-01, in epoch seconds: a clock before it is not set yet
 EX_CONFIG = 78  # sysexits.h
 
 PRIME_S = 1.0  # the first rates and CPU shares are measured over this long
 PORT_CHECK_LIMIT_S = 3.0  # for all ports together
 REQUEST_DEADLINE_S = 10.0  # connect, TLS, request and answer together; name resolution aside
-ANSWER_LIMIT_BYTES = 64 * 1024
+SLOW_DEADLINE_S = 30.0  # the same, after an attempt that ran out of time
+CONNECTION_LIMIT_S = 3600.0  # a kept connection is closed: the dashboard may have moved
+ANSWER_LIMIT_BYTES = 64 * 1024  # of its headers, of its body, of its body decompressed
 BACKOFF_S = (1.0, 2.0, 4.0)  # before the 1st, 2nd and 3rd retry
-TRIES = 1 + len(BACKOFF_S)
 RETRY_AFTER_LIMIT_S = 300.0
-REFUSAL_WINDOW_S = 300.0  # a refusal counts only if others were delivered this recently
-REFUSALS_BY_5XX = 5  # a sample that fails this often while others get through is set aside
+REGISTER_AGAIN_S = 300.0  # between two registrations because of a 404
+STRIKES = 5  # a sample that the dashboard refused so often, while it took others, is given up
 DRAIN_PER_SUCCESS = 10
-MIRROR_AFTER_S = 1.0  # what is not delivered by then is written to the disk
+SAVE_AFTER_S = 1.0  # what is not delivered by then is written to the disk
+DISK_LIMIT_S = 1.0  # for what is written to STATE_DIRECTORY at a time
+LOAD_LIMIT_S = 10.0  # for reading it at the start
 STOP_LIMIT_S = 5.0
 CLOCK_OFFSET_LIMIT_S = 30
-SENDER_WAKE_S = 10.0  # the idle sender shows that it lives this often
+REFUSED_LOG_S = 3600.0  # between two lines about refused samples
+CRASH_PAUSE_S = 10.0
 SUPERVISE_S = 1.0
+HANG_AFTER_S = 15.0  # a thread that is overdue by so much, and by the watchdog's time, hangs
 EXCERPT_CHARS = 200  # of a dashboard's answer, in the log
+HEADER_CHARS = 60  # of a header of it
+KEY_RUN = 6  # so many characters of the key in a row are not logged
 DISKS_LIMIT = 16  # rows of system.disks, the fullest first: a post stays under 2 KB
 CLOCK_TICKS = os.sysconf("SC_CLK_TCK")
 PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
@@ -130,6 +139,7 @@ class Notifier:
         ours = environ.get("WATCHDOG_PID", str(os.getpid())) == str(os.getpid())
         micros = environ.get("WATCHDOG_USEC", "0") if ours else "0"
         self.watchdog_s = int(micros) / 1e6 if micros.isdigit() else 0.0  # 0: no watchdog
+        self.ping_s = min(10.0, self.watchdog_s / 3) or 10.0
 
     def send(self, *lines: str) -> None:
         if self.is_systemd:
@@ -139,7 +149,7 @@ class Notifier:
 class Agent:
     """The three threads: this one supervises, `collector` samples, `sender` delivers."""
 
-    SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+    SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 
     def __init__(self, config: Config, environ: Mapping[str, str]) -> None:
         self._config = config
@@ -150,17 +160,17 @@ class Agent:
         transport = Transport(config.dashboard_url, config.ca_bundle)
         self._sender = Sender(config, self._buffer, transport)
         self._role = self._state.role() if self._state else "unknown"  # as it is on disk
-        self._collector = Collector(
-            config, agent_figures=self._figures, role=self._role,
-            first_seq=self._buffer.last_seq + 1,
-        )
+        self._collector = Collector(config, agent_figures=self._figures, role=self._role)
+        self._collector_due = math.inf  # by then the collector has made progress, if it is well
+        self._clock_problem = Problems()  # of the collector thread
         self._notifier = Notifier(environ)
+        self._has_sampled = threading.Event()  # or cannot, before the clock is set
         self._is_ready = False
         self._next_ping = 0.0
         self._said_stalled = self._said_large = False
 
     def run(self) -> int:
-        """Run until SIGTERM or SIGINT; return the exit code."""
+        """Run until SIGTERM, SIGINT or SIGHUP; return the exit code."""
         # Their numbers arrive here, one by one; the handlers themselves do nothing. (sigtimedwait()
         # would do, but makes up a signal when a SIGCONT ends it after its time.)
         self._signals, wakeup = socket.socketpair()
@@ -174,37 +184,61 @@ class Agent:
         sender.start()
         log.info(
             "TinoMail agent %s started: node %s, a sample every %g s to %s",
-            VERSION, self._config.node_id, self._config.interval_s, self._config.dashboard_url,
+            VERSION, self._config.node_id or "(no host name yet)", self._config.interval_s,
+            self._config.dashboard_url,
         )
-        self._supervise()
-        self._notifier.send("STOPPING=1", "STATUS=delivering what waits")
+        while not self._is_told_to_stop():
+            self._supervise()
+        self._end(collector, sender)
+        log.info("stopped: %s", self._counters())
+        return 0
+
+    def _is_told_to_stop(self) -> bool:
+        """Wait a moment for signals; tell whether one of them says stop."""
+        pause = min(SUPERVISE_S, self._notifier.ping_s / 2) if self._is_ready else 0.05
+        if not select.select([self._signals], [], [], pause)[0]:
+            return False
+        received = set(self._signals.recv(4096))
+        if signal.SIGUSR1 in received:
+            log.info("%s", self._counters())
+        return bool(received - {signal.SIGUSR1})
+
+    def _end(self, collector: threading.Thread, sender: threading.Thread) -> None:
+        """Stop both threads; all of it takes STOP_LIMIT_S at most."""
         deadline = time.monotonic() + STOP_LIMIT_S
+        self._notifier.send("STOPPING=1", "STATUS=delivering what waits")
+        self._sender.stop_by = deadline
         self._stop.set()
         collector.join(STOP_LIMIT_S - 1.5)  # the sample under way is to be delivered too
         self._buffer.close()
-        self._buffer.mirror()  # the end may come before all is delivered
-        sender.join(max(0.0, deadline - time.monotonic()))
-        log.info("stopped: %s", self._counters())
-        return 0
+        self._buffer.save()  # the end may come before all is delivered
+        while sender.is_alive() and time.monotonic() < deadline and not self._sender.is_resolving:
+            sender.join(0.05)
+        self._buffer.save()
+
+    # - the collector thread
 
     def _collect(self) -> None:
         """Put a sample into the buffer at every tick; see a second later whether it left."""
         interval = self._config.interval_s
-        try:
-            self._collector.prime()
-        except Exception:
-            self._collector.crashed()
+        self._guarded(self._collector.prime)
         due = time.monotonic() + PRIME_S
         # To the second sample half to one and a half intervals pass: nodes that were started
         # together, after a power cut say, do not post together ever after.
         pause = interval * (0.5 + phase(self._config.node_id))
-        while not self._stop.wait(max(0.0, due - time.monotonic())):
+        while not self._wait_until(due):
             self._guarded(self._take_sample)
             due = next_tick(due + pause - interval, time.monotonic(), interval)
             pause = interval
-            if self._stop.wait(min(MIRROR_AFTER_S, max(0.0, due - time.monotonic()) / 2)):
+            now = time.monotonic()
+            if self._wait_until(min(now + SAVE_AFTER_S, (now + due) / 2)):
                 return
-            self._guarded(self._buffer.mirror)
+            self._guarded(self._buffer.save)
+
+    def _wait_until(self, moment: float) -> bool:
+        """Wait until then, or for the stop; tell whether to stop."""
+        self._collector_due = moment
+        return self._stop.wait(max(0.0, moment - time.monotonic()))
 
     def _guarded(self, work: Callable[[], None]) -> None:
         try:
@@ -212,39 +246,43 @@ class Agent:
         except Exception:
             self._collector.crashed()
 
+    def _is_clock_set(self) -> bool:
+        """Tell whether the clock can be right; a sample of 1970 lands where nobody looks."""
+        now = time.time()
+        if now < RELEASED:
+            self._clock_problem.begin(
+                "clock", f"this machine's clock shows {iso_utc(now)[:10]}: no samples are taken "
+                "until it is set",
+            )
+            return False
+        self._clock_problem.end("clock", "the clock is set: taking samples")
+        return True
+
     def _take_sample(self) -> None:
-        self._buffer.put(self._collector.collect())
-        self._collector.progress = time.monotonic()
+        if self._is_clock_set():
+            self._buffer.put(self._collector.collect())
+        self._has_sampled.set()
         if self._state and self._config.node_role == "auto" and self._role != self._collector.role:
-            self._role = self._collector.role
             try:
-                self._state.remember_role(self._role)
+                self._state.remember_role(self._collector.role)
+                self._role = self._collector.role
             except OSError as error:
-                log.warning("the role cannot be remembered: %s", _reason(error))
+                log.warning("cannot remember the role: %s", _reason(error))
+
+    # - supervision
 
     def _supervise(self) -> None:
-        """Wait for signals; between them see that both threads live, and tell systemd."""
-        while True:
-            pause = SUPERVISE_S if self._is_ready else 0.05
-            if not select.select([self._signals], [], [], pause)[0]:
-                self._look_after()
-            elif self._signals.recv(1)[0] == signal.SIGUSR1:
-                log.info("%s", self._counters())
-            else:
-                return
-
-    def _look_after(self) -> None:
+        """See that both threads live, and tell systemd."""
         if not self._is_ready:
-            if not self._collector.samples:
+            if not self._has_sampled.is_set():
                 return
             self._is_ready = True
             self._notifier.send("READY=1")
         now = time.monotonic()
         if now < self._next_ping:
             return
-        watchdog_s = self._notifier.watchdog_s
-        self._next_ping = now + (min(10.0, watchdog_s / 3) or 10.0)
-        stalled = self._stalled_thread(now, watchdog_s)
+        self._next_ping = now + self._notifier.ping_s
+        stalled = self._stalled_thread(now)
         if stalled and not self._said_stalled:
             log.critical("the %s hangs: leaving it to systemd's watchdog", stalled)
         self._said_stalled = bool(stalled)
@@ -253,16 +291,15 @@ class Agent:
         elif not stalled:
             self._notifier.send("WATCHDOG=1", f"STATUS={self._sender.status()}")
 
-    def _stalled_thread(self, now: float, limit_s: float) -> str:
-        """Return the name of a thread that made no progress for the watchdog's time, or ""."""
-        if limit_s > 0:
-            if now - self._collector.progress > limit_s + self._config.interval_s:
-                return "collector"
-            if now - self._sender.progress > limit_s:
-                return "sender"
-        return ""
+    def _stalled_thread(self, now: float) -> str:
+        """Return the name of a thread that should have made progress long ago, or ""."""
+        overdue = now - max(HANG_AFTER_S, self._notifier.watchdog_s)
+        if self._collector_due < overdue:
+            return "collector"
+        return "sender" if self._sender.due < overdue else ""
 
     def _check_memory(self) -> bool:
+        """Tell whether the agent has grown too large; log it when it begins."""
         try:
             rss_mib = own_rss_bytes() / MIB
         except OSError:
@@ -297,6 +334,7 @@ class Agent:
         )
 
 
+
 def next_tick(due: float, now: float, interval: float) -> float:
     """Return the first tick after now; missed ones are skipped, not made up in a burst."""
     return due + interval * (max(0, math.floor((now - due) / interval)) + 1)
@@ -305,14 +343,6 @@ def next_tick(due: float, now: float, interval: float) -> float:
 def phase(node_id: str) -> float:
     """Return 0 to 1, the same for a node each time: nodes that start together part with it."""
     return zlib.crc32(node_id.encode()) / 2**32
-
-
-def log_crash(said: set[str], what: str) -> None:
-    """Log the exception that is being handled, once for each kind."""
-    kind = repr(sys.exc_info()[0])
-    if kind not in said:
-        said.add(kind)
-        log.exception("%s", what)
 
 
 # --- collecting --------------------------------------------------------------------------
@@ -331,9 +361,8 @@ class Collector:
         now: Callable[[], float] = time.time,
         agent_figures: Callable[[], dict[str, Any]] = dict,
         role: str = "unknown",
-        first_seq: int = 1,
     ) -> None:
-        """role: what `auto` found in an earlier life; first_seq: the number of the next sample."""
+        """role: what `auto` found in an earlier run."""
         self._config = config
         self._clock = clock
         self._now = now
@@ -343,11 +372,9 @@ class Collector:
             proc, clock, cgroup_root=f"{sys_root}/fs/cgroup", watched=watched
         )
         self._said: set[str] = set()
+        self._crashes = Problems()
         self.role = role if config.node_role == "auto" else config.node_role
         self.collect_errors = 0
-        self._first_seq = first_seq
-        self.samples = 0
-        self.progress = clock()  # when the last tick was completed
         # What fills `system`: the metric's name for the log, and its reader. A reader returns
         # fields of `system`, None for one that has no value this time.
         change = Change(clock)
@@ -397,9 +424,7 @@ class Collector:
             "collect_errors": self.collect_errors,
             **self._agent_figures(),
         }
-        seq = self._first_seq + self.samples
-        self.samples += 1
-        return Sample(seq, self.role, pack(body))
+        return Sample(int(taken * 1000), self.role, pack(body))
 
     def _try(self, name: str, reader: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """Run a reader; drop and count what is None, not finite, or could not be read."""
@@ -428,7 +453,7 @@ class Collector:
     def crashed(self) -> None:
         """Log the exception that is being handled, and count it."""
         self.collect_errors += 1
-        log_crash(self._said, "a sample could not be taken; the next one will be tried")
+        self._crashes.crash("taking a sample failed; the next one is tried all the same")
 
     # - what the readers below do not do by themselves
 
@@ -460,7 +485,7 @@ def find_role(processes: Mapping[str, Mapping[str, Any]], current: str) -> str:
 class Sample:
     """One neutral sample, on its way from the collector to the dashboard."""
 
-    seq: int
+    seq: int  # the time in milliseconds since 1970 at which it was taken; unique in a buffer
     role: str  # of the node at that time
     packed: bytes  # zlib over the JSON of the sample: no node id, no dialect
 
@@ -474,88 +499,70 @@ class Counters:
     refused: int
     dropped: int
     waiting: int
-    loaded: int = 0  # at the start
+    loaded: int = 0  # from disk
 
 
 class Buffer:
-    """What waits to be delivered: a ring of samples, and a queue that tells of new ones.
+    """The undelivered samples: a ring, and a queue that wakes the sender.
 
     A full ring drops its oldest sample, never the one that is just being posted. With a State,
-    what does not leave at once is mirrored there. put() is for one thread, the rest for any.
+    what does not leave at once is saved below STATE_DIRECTORY, by a Worker: a disk that hangs
+    holds nobody up, and the samples wait in memory.
     """
 
     def __init__(self, size: int, state: State | None = None) -> None:
         self._size = size
         self._state = state
+        self._worker = Worker(DISK_LIMIT_S, Problems())
+        self._disk_problems = Problems()  # of _write_files(), of which one runs at a time
+        self._is_loaded = state is None
         self.is_closed = False
-        self._news: queue.Queue[int] = queue.Queue()
+        self._news: queue.Queue[None] = queue.Queue()
         # Guards everything below; nothing blocks under it.
         self._lock = threading.Lock()
         self._ring: dict[int, Sample] = {}  # by seq, oldest first
-        self._unsaved: set[int] = set()  # those of the ring that nobody has begun to mirror
+        self._unsaved: set[int] = set()  # of the ring: to be written
+        self._on_disk: set[int] = set()  # those with a file, or with one that is being written
         self._stale_files: set[int] = set()  # of samples that left the ring
         self._in_flight: int | None = None
-        self._is_mirroring = True  # False: the disk failed, which was said
+        self._last_seq = 0
         self._sampled = self._loaded = self._delivered = self._refused = self._dropped = 0
-        self.last_seq = 0  # of the samples of before
-        self._load()
-
-    def _load(self) -> None:
-        try:
-            samples, aside = self._state.load() if self._state else ([], 0)
-        except OSError as error:
-            # What is there will be loaded in another life: its numbers are not to be used again.
-            self.last_seq = time.time_ns() // 1_000_000
-            self._mirror_failed(error)
-            return
-        self._loaded = len(samples)
-        for sample in samples:
-            self._add(sample)
-            self.last_seq = sample.seq
-        self._unsaved.clear()
-        self._stale_files.update(sample.seq for sample in samples[: self._dropped])
-        self.mirror(only_remove=True)
-        if samples:
-            log.info("samples of before that wait: %d", len(self._ring))
-        if self._dropped:
-            log.warning("samples of before that BUFFER_SIZE did not hold: %d", self._dropped)
-        if aside:
-            log.warning("torn or foreign files in STATE_DIRECTORY, put aside: %d", aside)
 
     def put(self, sample: Sample) -> None:
-        """Add a sample, newer than all others. While others wait it is mirrored at once."""
+        """Add a new sample; while others wait it is saved at once."""
         with self._lock:
             is_behind = bool(self._ring)
+            sample = dataclasses.replace(sample, seq=max(sample.seq, self._last_seq + 1))
+            self._last_seq = sample.seq
             self._sampled += 1
-            self._add(sample)
+            self._ring[sample.seq] = sample
+            self._make_room()
         if is_behind:
-            self.mirror()
-        self._news.put(sample.seq)
+            self.save()
+        self._news.put(None)
 
-    def _add(self, sample: Sample) -> None:
-        self._ring[sample.seq] = sample
-        self._unsaved.add(sample.seq)
-        if len(self._ring) > self._size:
+    def _make_room(self) -> None:
+        while len(self._ring) > self._size:
             self._leave(next(seq for seq in self._ring if seq != self._in_flight))
             self._dropped += 1
 
     def _leave(self, seq: int) -> None:
         """Take a sample out of the ring, and note whether it leaves a file behind."""
         del self._ring[seq]
-        if seq in self._unsaved:
-            self._unsaved.discard(seq)
-        else:
+        self._unsaved.discard(seq)
+        if seq in self._on_disk:
+            self._on_disk.discard(seq)
             self._stale_files.add(seq)
 
     def close(self) -> None:
         """Say that no more samples will come; ends a wait() that is under way."""
         self.is_closed = True
-        self._news.put(0)
+        self._news.put(None)
 
     def wait(self, timeout_s: float) -> None:
         """Block until a sample comes, close() is called, or the time is over."""
         with contextlib.suppress(queue.Empty):
-            self._news.get(timeout=max(0.0, timeout_s))
+            self._news.get(timeout=max(0.0, min(timeout_s, threading.TIMEOUT_MAX)))
             while True:  # those that came meanwhile are no news any more
                 self._news.get_nowait()
 
@@ -566,82 +573,125 @@ class Buffer:
                 self._loaded,
             )
 
+    # - for the sender
+
     def newest(self) -> Sample | None:
-        """Return the newest sample, which stays; it is not about to be posted."""
         with self._lock:
             return next(reversed(self._ring.values()), None)
 
-    def take_newest(self) -> Sample | None:
-        """Return the newest sample to be posted; it stays until settle()."""
+    def oldest(self, *, last: Container[int] = (), skip: Container[int] = ()) -> Sample | None:
+        """Return the oldest sample that is not in `skip`, those in `last` after all others."""
         with self._lock:
-            return self._take(reversed(self._ring))
+            order = sorted(self._ring, key=lambda seq: (seq in last, seq))
+            return next((self._ring[seq] for seq in order if seq not in skip), None)
 
-    def take_oldest(self, last: Container[int] = ()) -> Sample | None:
-        """Return the oldest sample to be posted, those whose seq is in `last` after all others."""
+    def get(self, seq: int) -> Sample | None:
         with self._lock:
-            return self._take(sorted(self._ring, key=lambda seq: (seq in last, seq)))
+            return self._ring.get(seq)
 
-    def _take(self, order: Iterable[int]) -> Sample | None:
-        self._in_flight = next(iter(order), None)
-        return None if self._in_flight is None else self._ring[self._in_flight]
+    def begin_post(self, sample: Sample) -> None:
+        """Keep a full ring from dropping this sample until settle()."""
+        self._in_flight = sample.seq
 
-    def settle(self, *, delivered: bool = False, refused: bool = False) -> None:
-        """End what take_.. began: the sample leaves if delivered or refused, else it stays."""
+    def settle(self, sample: Sample, *, delivered: bool = False, refused: bool = False) -> None:
+        """End what begin_post() began: the sample leaves if delivered or refused, else it stays."""
         with self._lock:
-            seq, self._in_flight = self._in_flight, None
-            if seq is None or not (delivered or refused):
-                return
-            self._leave(seq)
-            self._delivered += delivered
-            self._refused += refused
-        self.mirror(only_remove=True)
+            self._in_flight = None
+            if sample.seq in self._ring and (delivered or refused):
+                self._leave(sample.seq)
+                self._delivered += delivered
+                self._refused += refused
+        self._sync()
 
-    def mirror(self, *, only_remove: bool = False) -> None:
-        """Remove the files of what left the ring, and write what waits and is not on disk yet.
+    # - the copy on disk
 
-        A disk that fails costs the mirror only; what it did not do is tried again the next time.
-        """
-        with self._lock:  # what is taken out of these sets is ours to do
-            left, self._stale_files = self._stale_files, set()
-            todo: list[Sample] = []
-            if not only_remove:
-                todo = [self._ring[seq] for seq in sorted(self._unsaved)]
-                self._unsaved.clear()
-        if self._state is None or not (left or todo):
-            return
-        try:
-            while left:
-                self._state.remove(min(left))
-                left.remove(min(left))
-            while todo:
-                self._state.write(todo[0])
-                sample = todo.pop(0)
+    def load(self) -> None:
+        """Add the samples that an earlier run left on disk; those that cannot be read later on."""
+        if self._state:
+            self._worker.run({STATE_DIRECTORY: self._write_files}, LOAD_LIMIT_S)
+
+    def save(self) -> None:
+        """Have all that waits on disk. A disk that fails is tried again the next time."""
+        with self._lock:
+            self._unsaved = self._ring.keys() - self._on_disk
+        self._sync()
+
+    def _sync(self) -> None:
+        is_due = self._stale_files or self._unsaved or self._worker.hanging()
+        if self._state and (is_due or not self._is_loaded):
+            self._worker.run({STATE_DIRECTORY: self._write_files})
+
+    def _write_files(self) -> None:
+        """Load, write and remove what is due; runs in the worker, one call at a time."""
+        assert self._state is not None
+        if not self._is_loaded:
+            self._read_files(self._state)
+        while (due := self._next_file()) is not None:
+            seq, sample = due
+            try:
+                if sample:
+                    self._state.write(sample)
+                else:
+                    self._state.remove(seq)
+            except OSError as error:
                 with self._lock:
-                    is_gone = sample.seq not in self._ring  # it left while we wrote
-                if is_gone:
-                    left.add(sample.seq)
-                    self._state.remove(sample.seq)
-                    left.discard(sample.seq)
-                if not self._is_mirroring:
-                    self._is_mirroring = True
-                    log.info("what waits is kept on disk again")
-        except OSError as error:
-            self._mirror_failed(error)
-        with self._lock:
-            self._stale_files |= left
-            self._unsaved.update(sample.seq for sample in todo if sample.seq in self._ring)
+                    (self._on_disk.discard if sample else self._stale_files.add)(seq)
+                self._disk_problems.begin(
+                    "disk", f"cannot write undelivered samples to disk: {_reason(error)}"
+                )
+                return
+        self._disk_problems.end("disk", "writing undelivered samples to disk again")
 
-    def _mirror_failed(self, error: OSError) -> None:
-        if self._is_mirroring:
-            self._is_mirroring = False
-            log.warning("what waits is kept in memory only: %s", _reason(error))
+    def _next_file(self) -> tuple[int, Sample | None] | None:
+        """Return the next sample to write, or the number of one whose file is to be removed."""
+        with self._lock:
+            if self._stale_files:
+                return self._stale_files.pop(), None
+            if not self._unsaved:
+                return None
+            seq = min(self._unsaved)
+            self._unsaved.discard(seq)
+            self._on_disk.add(seq)  # if it leaves the ring from now on, its file is stale
+            return seq, self._ring[seq]
+
+    def _read_files(self, state: State) -> None:
+        with self._lock:
+            known = self._on_disk | self._stale_files
+        found = state.load(known)
+        with self._lock:
+            new = {sample.seq: sample for sample in found.samples}
+            self._loaded += len(new)
+            self._on_disk |= new.keys()
+            self._ring = dict(sorted({**new, **self._ring}.items()))
+            self._last_seq = max(self._last_seq, *self._ring, 0)
+            before = self._dropped
+            self._make_room()
+            dropped = self._dropped - before
+        self._is_loaded = not found.unread
+        if new:
+            log.info("loaded %d undelivered samples from the last run", len(new))
+        if dropped:
+            log.warning(
+                "dropped %d saved samples: BUFFER_SIZE=%d is too small", dropped, self._size
+            )
+        if found.damaged:
+            log.warning("deleted %d damaged sample files (a power cut?)", found.damaged)
+        if found.unread:
+            self._disk_problems.begin("read", f"cannot read saved samples: {found.unread}")
+        else:
+            self._disk_problems.end("read", "all saved samples are read")
+        self._news.put(None)
 
 
 # --- sending -----------------------------------------------------------------------------
 
 
 class Sender:
-    """Registers the node and delivers what is in the buffer; used by one thread only."""
+    """Registers the node and delivers what is in the buffer; used by one thread only.
+
+    A new sample is the heartbeat: it is posted first, with up to three retries unless the
+    dashboard is known to be down. Each success lets up to 10 of the oldest follow.
+    """
 
     def __init__(
         self,
@@ -660,312 +710,360 @@ class Sender:
         self._clock = clock
         self._now = now
         self._jitter = jitter
+        self._problems = Problems()
+        self._own_id = config.node_id  # "" until the host name is set
         self._node_id: str | None = None  # as confirmed; None: not registered yet
         self._registered: tuple[str, str] | None = None  # the role and IP it was done with
-        self._register_after = -math.inf  # Retry-After of the last try
-        self._told = ""  # what was logged of it
-        self._tried_seq = 0  # the newest sample that was there at the last attempt
-        self._failures = 0  # of heartbeats, in a row
+        self._register_after = -math.inf
+        self._heartbeat_seq = 0  # of the newest sample that was tried
+        self._retry: Sample | None = None  # what failed, and is tried again at _retry_at
+        self._retry_at = math.inf
+        self._failures = 0  # of _retry, or of heartbeats, in a row
         self._failing_since = 0.0
-        self._drain_left = 0  # how many of the oldest the last success lets through
-        self._setbacks: dict[int, int] = {}  # seq -> failed tries, while others got through
-        self._refusals: dict[int, int] = {}  # of those, the ones that were a verdict on the sample
-        self._next_try = math.inf  # inf: when a new sample comes
-        self._quiet_until = -math.inf  # Retry-After
         self._down_since: float | None = None
-        self._said: set[str] = set()  # in this outage
-        self._dropped_before = buffer.counters().dropped  # what was told of
-        self._last_delivery = -math.inf
-        self._clock_said = False
-        self.clock_offset_s: int | None = None
-        self.progress = clock()  # when the last attempt, or idle round, was completed
+        self._quiet_until = -math.inf  # Retry-After
+        self._drain_left = 0  # how many of the oldest the last success lets through
+        self._drain_tried: set[int] = set()  # since then
+        self._strikes: dict[int, Strikes] = {}  # by seq; these samples are tried after all others
+        self._deliveries = 0
+        self._dropped_told = self._refused_told = 0
+        self._refused_told_at = -math.inf
+        self._refusal: Verdict | None = None  # the last one
+        self._registration_told = ""
+        self.clock_offset_s: int | None = None  # this node's clock minus the dashboard's
         self.crashes = 0
-        self._crashes_said: set[str] = set()
-        self.last = "nothing sent yet"
+        self.stop_by = math.inf  # no attempt begins that would not end by then
+        self._due = math.inf  # by then this thread has made progress, if it is well
+        self._last_answer = "nothing sent yet"
+        self._last_took_s = 0.0
 
     def run(self) -> None:
-        """Deliver until the buffer is closed, then flush what the time allows."""
-        while True:
-            is_last = self._buffer.is_closed
-            try:
-                pause = self.flush(STOP_LIMIT_S - 0.5) if is_last else self.step()
-                self.progress = self._clock()
-            except Exception:
-                self.crashes += 1
-                log_crash(self._crashes_said, "the sender failed; it goes on with the next sample")
-                pause = SENDER_WAKE_S
-            if is_last:
-                return
-            self._buffer.wait(min(pause, SENDER_WAKE_S))
+        """Deliver until the buffer is closed, then what the time allows."""
+        self._guarded(self._load)
+        while not self._buffer.is_closed:
+            pause = self._guarded(self.step)
+            self._due = self._clock() + pause
+            self._buffer.wait(pause)
+        self._guarded(self.flush)
+
+    def _load(self) -> float:
+        self._buffer.load()
+        return 0.0
+
+    def _guarded(self, work: Callable[[], float]) -> float:
+        """Run a piece of work; after a crash, pause."""
+        self._due = self._clock()
+        try:
+            return work()
+        except Exception:
+            self.crashes += 1
+            self._problems.crash("the sender failed; it goes on with the next sample")
+            return CRASH_PAUSE_S
+
+    @property
+    def due(self) -> float:
+        """When this thread will have made progress (monotonic); infinite during a name look-up."""
+        return max(self._due, self._transport.deadline)
+
+    @property
+    def is_resolving(self) -> bool:
+        return self._transport.deadline == math.inf
 
     def step(self) -> float:
-        """Do what is due; return the seconds until something will be, a new sample aside."""
-        self._say_dropped()
+        """Make the attempt that is due; return the seconds until the next, a new sample aside."""
+        self._report_dropped()
+        self._report_refused()
         newest = self._buffer.newest()
-        if newest is None:
-            self._next_try = math.inf
-            self._drain_left = 0
-        elif self._has_fresh() and self._next_try == math.inf:
-            self._next_try = max(self._clock(), self._quiet_until)
-        if self._next_try > self._clock() or newest is None:
-            return self._next_try - self._clock()
-        self._next_try = math.inf
-        if self._has_fresh() or not self._drain_left:
-            self._tried_seq = newest.seq
-            is_delivered = self._ensure_registered(newest) and self._deliver_newest()
-            self._drain_left = DRAIN_PER_SUCCESS if is_delivered else 0
-            if not is_delivered:
-                self._buffer.mirror()
-        self._drain()
-        return 0.0 if self._has_fresh() else self._next_try - self._clock()
+        now = self._clock()
+        if newest is None or not self._fits(now):
+            return math.inf
+        if self._quiet_until > now:
+            return self._quiet_until - now
+        if newest.seq > self._heartbeat_seq:
+            if self._retry and self._retry.seq != self._heartbeat_seq:
+                self._failures = 0  # those were of an old sample
+            self._heartbeat_seq = newest.seq
+            self._attempt(newest)
+        elif self._retry and self._buffer.get(self._retry.seq):
+            if self._retry_at > now:
+                return self._retry_at - now
+            self._attempt(self._retry)
+        elif self._drain_left and (oldest := self._next_to_drain()):
+            self._attempt(oldest)
+        else:
+            return math.inf
+        return 0.0
 
-    def flush(self, limit_s: float) -> float:
-        """Deliver what waits, newest first, until the first failure or the end of the time.
+    def flush(self) -> float:
+        """Deliver what waits, newest first, until the first failure or the end of the time."""
+        is_open = self._clock() >= self._quiet_until and self._node_id is not None
+        while is_open and self._fits(self._clock()) and (newest := self._buffer.newest()):
+            verdict = self._post(newest)
+            is_open = verdict.outcome is Outcome.DELIVERED
+            self._buffer.settle(newest, delivered=is_open)
+        return 0.0
 
-        Returns what is left of the time, in seconds.
+    def _fits(self, now: float) -> bool:
+        """Tell whether an attempt as long as the last one would end before the stop."""
+        return self.stop_by == math.inf or now + 1.2 * self._last_took_s + 0.2 < self.stop_by
+
+    def _next_to_drain(self) -> Sample | None:
+        return self._buffer.oldest(last=self._strikes, skip=self._drain_tried)
+
+    # - one attempt, and what follows from it
+
+    def _attempt(self, sample: Sample) -> None:
+        """Post a sample, and plan what its outcome asks for."""
+        self._retry, self._retry_at = None, math.inf
+        is_heartbeat = sample.seq == self._heartbeat_seq
+        verdict = self._deliver(sample) if is_heartbeat else self._post(sample)
+        if verdict.outcome is Outcome.DELIVERED:
+            self._buffer.settle(sample, delivered=True)
+            self._succeeded(sample, is_heartbeat)
+            return
+        is_refused = self._is_last_strike(sample, verdict)
+        self._buffer.settle(sample, refused=is_refused)
+        self._buffer.save()
+        if is_refused:
+            self._strikes.pop(sample.seq, None)
+            self._refusal = verdict
+            self._drain_left -= 1
+        elif is_heartbeat:
+            self._heartbeat_failed(sample, verdict)
+        else:
+            self._drain_failed(sample, verdict)
+
+    def _succeeded(self, sample: Sample, is_heartbeat: bool) -> None:
+        self._deliveries += 1
+        self._failures = 0
+        self._strikes.pop(sample.seq, None)
+        self._drain_left -= 1
+        if is_heartbeat:
+            self._drain_left = DRAIN_PER_SUCCESS
+            self._drain_tried.clear()
+            self._recovered()
+
+    def _heartbeat_failed(self, sample: Sample, verdict: Verdict) -> None:
+        """Plan a retry, or none until the next sample once the dashboard is known to be down."""
+        self._drain_left = 0
+        if not self._failures:
+            self._failing_since = self._clock()
+        if self._down_since is not None or not self._plan_retry(sample, verdict):
+            self._went_down(verdict)
+
+    def _drain_failed(self, sample: Sample, verdict: Verdict) -> None:
+        """Plan a retry of an old sample; without one it is tried again after all others.
+
+        Only the dashboard's own refusal lets the drain go on: the next sample may be taken.
         """
-        deadline = self._clock() + limit_s
-        may_post = self._clock() >= self._quiet_until and self._node_id is not None
-        while may_post and (left := deadline - self._clock()) > 0:
-            sample = self._buffer.take_newest()
-            if sample is None:
-                break
-            verdict = self._post(sample, min(left, REQUEST_DEADLINE_S))
-            may_post = verdict.outcome is Outcome.DELIVERED
-            self._buffer.settle(delivered=may_post)
-        return max(0.0, deadline - self._clock())
+        if self._plan_retry(sample, verdict):
+            return
+        self._failures = 0
+        self._drain_tried.add(sample.seq)
+        self._strikes.setdefault(sample.seq, Strikes(0, self._deliveries))
+        self._drain_left = self._drain_left - 1 if verdict.outcome is Outcome.REFUSED else 0
+        self._problems.begin(
+            "drain", f"cannot deliver an undelivered sample: {verdict.problem}", verdict.detail
+        )
 
-    def _has_fresh(self) -> bool:
-        """Tell whether a sample came since the last attempt."""
-        newest = self._buffer.newest()
-        return newest is not None and newest.seq > self._tried_seq
+    def _plan_retry(self, sample: Sample, verdict: Verdict) -> bool:
+        if verdict.outcome is not Outcome.RETRY:
+            return False
+        self._failures += 1
+        pause = backoff_s(self._failures, self._jitter())
+        if pause is None or self._quiet_until - self._clock() > sum(BACKOFF_S):
+            return False
+        self._retry = sample
+        self._retry_at = max(self._clock() + pause, self._quiet_until)
+        return True
+
+    def _is_last_strike(self, sample: Sample, verdict: Verdict) -> bool:
+        """Count a strike if the dashboard's word was against this sample, and others get through.
+
+        The dashboard refused it twice in a row, or its retries are used up and ended in an
+        error of the dashboard's own. Tell whether it is to be given up.
+        """
+        if verdict.outcome is Outcome.DAMAGED:
+            return True
+        is_round_over = self._failures >= len(BACKOFF_S) or self._down_since is not None
+        is_against = verdict.outcome is Outcome.REFUSED or (
+            verdict.outcome is Outcome.RETRY and verdict.is_own_error and is_round_over
+        )
+        before = self._strikes.get(sample.seq, Strikes(0, 0))
+        if is_against and self._deliveries > before.deliveries:
+            self._strikes[sample.seq] = Strikes(before.number + 1, self._deliveries)
+            while len(self._strikes) > self._config.buffer_size:
+                del self._strikes[next(iter(self._strikes))]
+            return before.number + 1 >= STRIKES
+        return False
 
     # - registration
 
-    def _ensure_registered(self, newest: Sample) -> bool:
-        """Register if need be; tell whether samples may be posted."""
-        ip = self._transport.source_ip()
-        self.progress = self._clock()  # a name server may take its time, here and in the post
-        if self._registered and (ip is None or self._registered == (newest.role, ip)):
-            return True
-        if self._clock() < self._register_after:
-            return self._node_id is not None
-        verdict = self._register(newest, ip)
-        if verdict.outcome is Outcome.DELIVERED:
-            return True
-        if self._node_id is None:
-            self._trouble(verdict)
-            return False
-        self._say_once(f"cannot register again: {verdict.problem}", verdict.detail)
-        return True  # under the id that was confirmed before: the samples' own answers count
-
-    def _register(self, sample: Sample, ip: str | None) -> Verdict:
-        key, role = self._config.api_key, sample.role
-        if ip is None:
-            problem = "there is no address of, or no route to, the dashboard"
-            return Verdict(Outcome.RETRY, 0, problem)
-        node = node_of(self._config, sample, ip)
-        answer = self._transport.post(self._dialect.register(node, key))
-        samples_after = self._quiet_until
-        verdict = self._read(answer)
-        if self._node_id is not None:  # samples may go on
-            self._register_after, self._quiet_until = self._quiet_until, samples_after
-        if verdict.outcome is not Outcome.DELIVERED:
-            problem = f"registration: {verdict.problem}"
-            return dataclasses.replace(verdict, problem=problem)
-        confirmed = self._dialect.confirmed_id(answer.body) if answer.status < 300 else None
-        self._node_id = confirmed or self._config.node_id
-        self._registered = (role, ip)
-        shown = excerpt(self._node_id.encode("utf-8", "replace"), key)
-        told = f"registered as {shown} (role {role}, address {ip})"
-        if told != self._told:
-            self._told = told
-            log.info("%s", told)
+    def _deliver(self, newest: Sample) -> Verdict:
+        """Post the newest sample; register the node first if need be."""
+        now = self._clock()
+        is_new = (newest.role, self._transport.local_ip) != self._registered
+        if self._node_id is None or (is_new and now >= self._register_after):
+            verdict = self._register(newest)
+            if self._node_id is None:
+                return verdict
+        verdict = self._post(newest)
+        if verdict.outcome is not Outcome.REGISTER or self._clock() < self._register_after:
+            return verdict
+        again = self._register(newest)
+        if again.outcome is not Outcome.DELIVERED:
+            return again
+        verdict = self._post(newest)
+        if verdict.outcome is Outcome.REGISTER:
+            self._register_after = self._clock() + REGISTER_AGAIN_S
         return verdict
 
-    # - samples
-
-    def _deliver_newest(self) -> bool:
-        sample = self._buffer.take_newest()
-        if sample is None:
-            return False
-        verdict = self._post(sample)
-        if verdict.outcome is Outcome.REGISTER and self._clock() >= self._register_after:
-            again = self._register(sample, self._transport.source_ip())
-            if again.outcome is Outcome.DELIVERED:
-                verdict = self._post(sample)
-            else:
-                verdict = dataclasses.replace(again, outcome=Outcome.KEPT)
-        delivered = verdict.outcome is Outcome.DELIVERED
-        refused = verdict.outcome is Outcome.REFUSED and self._takes_others()
-        self._buffer.settle(delivered=delivered, refused=refused)
-        if delivered:
-            self._recovered()
-        elif refused:
-            self._say_refused(verdict)
-        else:
-            self._failed(verdict)
-        return delivered
-
-    def _drain(self) -> None:
-        """Deliver up to 10 of the oldest per success; a new sample or the end of all ends it."""
-        while self._drain_left and not self._buffer.is_closed and not self._has_fresh():
-            late = {seq for seq, tries in self._setbacks.items() if tries >= TRIES}
-            sample = self._buffer.take_oldest(late)
-            if sample is None:
-                self._drain_left = 0
-                return
-            verdict = self._post(sample)
-            delivered = verdict.outcome is Outcome.DELIVERED
-            refused = verdict.outcome is Outcome.REFUSED or self._count_strike(sample, verdict)
-            self._buffer.settle(delivered=delivered, refused=refused)
-            if delivered or refused:
-                self._forget_setbacks(sample.seq)
-                self._drain_left -= 1
-            if refused:
-                self._say_refused(verdict)
-            if not (delivered or refused):
-                self._set_back(sample, verdict)
-                return
-
-    def _set_back(self, sample: Sample, verdict: Verdict) -> None:
-        """Plan the next try of a sample that failed after another got through.
-
-        It has a try and three retries, like any; then it goes behind all others.
-        """
-        tries = self._setbacks[sample.seq]
-        pause = backoff_s(tries % TRIES, self._jitter()) if tries % TRIES else None
-        if verdict.outcome is Outcome.RETRY and pause is not None:
-            self._next_try = max(self._clock() + pause, self._quiet_until)
-            return
-        self._drain_left = 0
-        problem = f"samples that wait are not taken: {verdict.problem}"
-        self._say_once(problem, verdict.detail)
-
-    def _count_strike(self, sample: Sample, verdict: Verdict) -> bool:
-        """Count a failed try; tell whether the dashboard will never take this sample.
-
-        That is so when it answered 5xx five times, retries included, while it took others.
-        Of an overloaded server, or the one in front of it, 5xx says nothing about the sample.
-        """
-        if verdict.outcome in (Outcome.DELIVERED, Outcome.REFUSED):
-            return False
-        tries = self._setbacks.get(sample.seq, 0) + 1
-        if verdict.outcome is not Outcome.RETRY:
-            tries = max(tries, TRIES)  # no retries: it goes behind the others at once
-        self._setbacks[sample.seq] = tries
-        while len(self._setbacks) > self._config.buffer_size:
-            self._forget_setbacks(next(iter(self._setbacks)))
-        if verdict.status < 500 or verdict.status in OVERLOADED:
-            return False
-        self._refusals[sample.seq] = self._refusals.get(sample.seq, 0) + 1
-        return self._refusals[sample.seq] >= TRIES * REFUSALS_BY_5XX
-
-    def _forget_setbacks(self, seq: int) -> None:
-        self._setbacks.pop(seq, None)
-        self._refusals.pop(seq, None)
-
-    def _post(self, sample: Sample, limit_s: float = REQUEST_DEADLINE_S) -> Verdict:
-        node_id = self._node_id or self._config.node_id
-        request = self._dialect.sample(sample.packed, node_id, self._config.api_key)
-        verdict = self._read(self._transport.post(request, limit_s))
+    def _register(self, sample: Sample) -> Verdict:
+        """Register the node as it was in that sample."""
+        self._own_id = self._own_id or host_name()
+        if not self._own_id:
+            return Verdict(Outcome.KEPT, problem="the host name is not set yet (or set NODE_ID)")
+        known_ip = self._transport.local_ip if self._node_id is not None else None
+        ip = known_ip or self._transport.route_ip()
+        node = node_of(self._own_id, sample, ip)
+        request = self._dialect.register(node, self._config.api_key)
+        quiet_until = self._quiet_until
+        answer = self._transport.post(request, self._limit_s())
+        verdict = self._judge(answer, judge_registration)
         if verdict.outcome is Outcome.DELIVERED:
-            self._last_delivery = self._clock()
+            self._node_id = self._dialect.confirmed_id(answer.body) or self._own_id
+            self._registered = (sample.role, ip)
+            self._problems.end("registration")
+            self._report_registration()
+        elif self._node_id is not None:  # samples go on under the id that was confirmed before
+            self._register_after = max(self._quiet_until, self._clock())
+            self._quiet_until = quiet_until
+            self._problems.begin(
+                "registration", f"cannot register again: {verdict.problem}", verdict.detail
+            )
+        return dataclasses.replace(verdict, problem=f"registration: {verdict.problem}")
+
+    # - posting
+
+    def _post(self, sample: Sample) -> Verdict:
+        """Post a sample; what the dashboard refuses is posted once more at once."""
+        node_id = self._node_id or self._own_id
+        try:
+            request = self._dialect.sample(sample.packed, node_id, self._config.api_key)
+        except Exception as error:  # a file from disk may hold anything
+            problem = f"a saved sample is damaged ({type(error).__name__})"
+            return Verdict(Outcome.DAMAGED, problem=problem)
+        self._buffer.begin_post(sample)
+        for _ in range(2):
+            verdict = self._judge(self._transport.post(request, self._limit_s()), judge)
+            if verdict.outcome is not Outcome.REFUSED:
+                break
         return verdict
 
-    def _read(self, answer: Answer) -> Verdict:
+    def _limit_s(self) -> float:
+        return self.stop_by - self._clock()
+
+    def _judge(self, answer: Answer, judge: Judge) -> Verdict:
         """Judge an answer, and note what else it tells: when to ask again, and the time there."""
         verdict = judge(answer, self._config.api_key, self._dialect.hints)
+        self._due = self._clock()
+        self._last_took_s = answer.took_s
+        self._last_answer = f"last {answer.status or 'unanswered'} in {answer.took_s * 1000:.0f} ms"
+        if verdict.outcome is Outcome.DELIVERED:
+            self._transport.keep()
+            self._note_clock(answer)
+        else:
+            self._transport.disconnect()
         if verdict.outcome is Outcome.RETRY:
-            self._quiet_until = self._clock() + self._spread(retry_after_s(answer, self._now()))
-        self.progress = self._clock()
-        self.last = f"last {answer.status or 'unanswered'} in {answer.took_s * 1000:.0f} ms"
-        date = http_date(answer.date)
-        if date is not None:
-            self.clock_offset_s = round(self._now() - date - 0.5)  # Date is cut to the second
-            self._say_clock(self.clock_offset_s)
+            there = self._now() - (self.clock_offset_s or 0)
+            pause = retry_after_s(answer, there)
+            # up to a heartbeat longer: other nodes may have been told the same
+            spread = self._jitter() * min(pause, self._config.interval_s)
+            self._quiet_until = self._clock() + pause + spread
         return verdict
 
-    def _spread(self, pause_s: float) -> float:
-        """Return a pause up to a heartbeat longer: other nodes may have been told the same."""
-        return pause_s + self._jitter() * min(pause_s, self._config.interval_s)
+    def _note_clock(self, answer: Answer) -> None:
+        """Compare the clocks; samples with a wrong time land where nobody looks."""
+        date = http_date(answer.date)
+        if date is None:
+            return
+        self.clock_offset_s = offset = round(self._now() - date - 0.5)  # Date is cut to the second
+        if abs(offset) > CLOCK_OFFSET_LIMIT_S:
+            way = "ahead of" if offset > 0 else "behind"
+            self._problems.begin(
+                "clock", f"this node's clock is {way} the dashboard's: "
+                "is time synchronisation running?", f"{abs(offset)} s",
+            )
+        elif abs(offset) < CLOCK_OFFSET_LIMIT_S / 2:
+            self._problems.end("clock", "this node's clock agrees with the dashboard's again")
 
-    def _takes_others(self) -> bool:
-        return self._clock() - self._last_delivery <= REFUSAL_WINDOW_S
+    # - changes of state
 
-    # - changes of state, each said once
-
-    def _failed(self, verdict: Verdict) -> None:
-        """Plan the next attempt: a retry, or the next heartbeat once the dashboard is down."""
-        if not self._failures:
-            self._failing_since = self._clock()
-        self._failures += 1
-        pause = backoff_s(self._failures, self._jitter())
-        told_to_wait = self._quiet_until - self._clock() > sum(BACKOFF_S)
-        retryable = verdict.outcome is Outcome.RETRY and not told_to_wait
-        if retryable and self._down_since is None and pause is not None:
-            self._next_try = max(self._clock() + pause, self._quiet_until)
-        else:
-            self._trouble(verdict)
-
-    def _trouble(self, verdict: Verdict) -> None:
+    def _went_down(self, verdict: Verdict) -> None:
         if self._down_since is None:
             self._down_since = self._failing_since if self._failures else self._clock()
-        self._say_once(
-            f"not delivered (up to {self._config.buffer_size} samples are kept): {verdict.problem}",
+        size = self._config.buffer_size
+        self._problems.begin(
+            "delivery", f"cannot deliver samples (keeping up to {size}): {verdict.problem}",
             verdict.detail,
         )
 
     def _recovered(self) -> None:
-        self._failures = 0
+        counters = self._buffer.counters()
+        if not counters.waiting:
+            self._problems.end("drain")
         if self._down_since is None:
             return
-        dropped = self._say_dropped(at_the_end=True)
-        log.log(
-            logging.WARNING if dropped else logging.INFO,
-            "delivering again after %d s, %d waiting%s",
-            self._clock() - self._down_since, self._buffer.counters().waiting, dropped,
+        lost, self._dropped_told = counters.dropped - self._dropped_told, counters.dropped
+        size = self._config.buffer_size
+        dropped = f", {lost} dropped (BUFFER_SIZE={size} was too small)" if lost else ""
+        self._problems.end(
+            "delivery",
+            f"delivering again after {self._clock() - self._down_since:.0f} s, "
+            f"{counters.waiting} waiting{dropped}",
+            logging.WARNING if lost else logging.INFO,
         )
         self._down_since = None
-        self._said.clear()
 
-    def _say_dropped(self, *, at_the_end: bool = False) -> str:
-        """Tell what the ring dropped: in an outage at its end, else in a line of its own."""
-        if self._down_since is not None and not at_the_end:
-            return ""
-        dropped = self._buffer.counters().dropped
-        lost, self._dropped_before = dropped - self._dropped_before, dropped
-        if not lost:
-            return ""
+    def _report_registration(self) -> None:
+        assert self._node_id and self._registered
+        shown = printable(self._node_id, self._config.api_key)
+        told = "registered as {} (role {}, address {})".format(shown, *self._registered)
+        if told != self._registration_told:
+            self._registration_told = told
+            log.info("%s", told)
+
+    def _report_dropped(self) -> None:
+        """Log what the full ring drops while the dashboard answers, but too slowly."""
+        counters = self._buffer.counters()
         size = self._config.buffer_size
-        if not at_the_end:
-            self._say_once("the dashboard is too slow: samples are dropped", f"BUFFER_SIZE={size}")
-        return f", {lost} dropped (BUFFER_SIZE={size} was too small)"
-
-    def _say_clock(self, offset_s: int) -> None:
-        """Samples with a wrong time land where nobody looks."""
-        if abs(offset_s) > CLOCK_OFFSET_LIMIT_S and not self._clock_said:
-            self._clock_said = True
-            way = "ahead of" if offset_s > 0 else "behind"
-            log.warning(
-                "this node's clock is %d s %s the dashboard's: is time synchronisation running?",
-                abs(offset_s), way,
+        if self._down_since is None and counters.dropped > self._dropped_told:
+            self._dropped_told = counters.dropped
+            self._problems.begin(
+                "slow", f"the dashboard is too slow: samples are dropped (BUFFER_SIZE={size})"
+            )
+        elif counters.waiting <= size // 2:
+            self._problems.end(
+                "slow", f"the dashboard is fast enough again ({counters.dropped} dropped so far)"
             )
 
-    def _say_once(self, problem: str, detail: str) -> None:
-        if problem not in self._said:
-            self._said.add(problem)
-            log.warning("%s", f"{problem}: {detail}" if detail else problem)
-
-    def _say_refused(self, verdict: Verdict) -> None:
+    def _report_refused(self) -> None:
+        """Log refused samples: the first at once, then at most one line an hour."""
         refused = self._buffer.counters().refused
-        log.warning("a sample was refused for good (%d so far): %s", refused, verdict)
+        is_time = self._clock() - self._refused_told_at >= REFUSED_LOG_S
+        if refused > self._refused_told and is_time:
+            log.warning(
+                "the dashboard refused %d samples for good (%d since the start): %s",
+                refused - self._refused_told, refused, self._refusal,
+            )
+            self._refused_told, self._refused_told_at = refused, self._clock()
 
     def status(self) -> str:
         """Say in one line how the sending goes, for `systemctl status`."""
         counters = self._buffer.counters()
         state = "ok" if self._down_since is None else "not delivering"
-        return f"{state}: {counters.delivered} sent, {counters.waiting} waiting, {self.last}"
+        sent, waiting = counters.delivered, counters.waiting
+        return f"{state}: {sent} sent, {waiting} waiting, {self._last_answer}"
 
 
 # --- problems and workers ----------------------------------------------------------------
@@ -994,6 +1092,17 @@ class Problems:
         """Log the end of a problem, if it had begun."""
         if self._now.pop(name, None) and message:
             log.log(level, "%s", message)
+
+    def crash(self, what: str) -> None:
+        """Log the exception that is being handled with its traceback, once for each place."""
+        kind, _, trace = sys.exc_info()
+        while trace and trace.tb_next:
+            trace = trace.tb_next
+        place = f"{kind} at {trace.tb_lineno if trace else 0}"
+        known = self._now.setdefault("crash", set())
+        if place not in known:
+            known.add(place)
+            log.exception("%s", what)
 
     def __contains__(self, name: str) -> bool:
         return name in self._now
@@ -1024,17 +1133,22 @@ class Worker:
         self._problems = problems
         self._inbox: queue.SimpleQueue[_Batch] | None = None  # of the thread at rest
         self._abandoned: dict[str, _Batch] = {}  # name of a call that hangs -> its batch
-        self._lock = threading.Lock()  # one run() at a time; held for limit_s at most
+        self._lock = threading.Lock()  # one run() at a time
 
-    def run(self, calls: Mapping[str, Callable[[], T]]) -> dict[str, T | Exception]:
+    def run(
+        self, calls: Mapping[str, Callable[[], T]], limit_s: float = 0.0
+    ) -> dict[str, T | Exception]:
         """Make the calls in their order; return by name what each returned or raised.
 
         A call that is missing in the result hangs, or there was no time or thread left for it.
-        Call it in every sample, with no calls if need be: it logs what hangs no more.
+        Call it in every sample, with no calls if need be: it logs what hangs no more. While
+        another thread is in it, it makes no call. limit_s: 0 for the limit of the worker.
         """
-        with self._lock:
+        if not self._lock.acquire(blocking=False):
+            return {}
+        try:
             self._welcome_returned()
-            deadline = time.monotonic() + self._limit_s
+            deadline = time.monotonic() + (limit_s or self._limit_s)
             results: dict[str, Any] = {}
             todo = {name: call for name, call in calls.items() if name not in self._abandoned}
             while todo and len(self._abandoned) < self.MOST_ABANDONED:
@@ -1049,6 +1163,8 @@ class Worker:
                 if time.monotonic() >= deadline:
                     break
             return results
+        finally:
+            self._lock.release()
 
     def hanging(self) -> frozenset[str]:
         """Return the names of the calls that hang."""
@@ -1117,103 +1233,173 @@ class Outcome(Enum):
     RETRY = "tried again after a pause, then kept"
     KEPT = "kept; tried again at the next heartbeat"
     REGISTER = "kept; the node registers and tries once more"
-    REFUSED = "refused for good, if the dashboard took others lately; else kept"
+    REFUSED = "refused by the dashboard itself: kept until the last strike"
+    DAMAGED = "no sample, but a damaged file: given up"
 
 
-STATUS_OUTCOMES = {
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What an answer means: the outcome for what was posted, and why in words for the log."""
+
+    outcome: Outcome
+    problem: str = ""  # the same each time
+    detail: str = ""  # may differ: what the dashboard wrote
+    is_own_error: bool = False  # a 5xx of the dashboard itself, which is not overloaded
+
+    def __str__(self) -> str:
+        return f"{self.problem}: {self.detail}" if self.detail else self.problem
+
+
+@dataclass(frozen=True, slots=True)
+class Strikes:
+    """How often the dashboard was against a sample, and how many others it had taken by then."""
+
+    number: int
+    deliveries: int
+
+
+# Only the dashboard speaks JSON. These statuses mean something in its own answer alone: a
+# proxy, a CDN or a captive portal gives them for reasons of its own.
+JSON_OUTCOMES = {
     400: Outcome.REFUSED,
     404: Outcome.REGISTER,
-    408: Outcome.RETRY,
     409: Outcome.DELIVERED,  # the dashboard has it already
     413: Outcome.REFUSED,
     415: Outcome.REFUSED,
     422: Outcome.REFUSED,
-    425: Outcome.RETRY,
-    429: Outcome.RETRY,
 }
+RETRIED = frozenset((408, 425, 429, *range(500, 600)))
 OVERLOADED = (502, 503, 504)
+SUCCESS_WITHOUT_BODY = (201, 202, 204)
 STATUS_ADVICE = {
     401: "the dashboard does not accept API_KEY: set the key that it gave out",
     403: "the dashboard forbids it: look there for a blocked key or node",
     404: "no such address or node: is DASHBOARD_URL right?",
 }
+NOT_THE_DASHBOARD = "this is not the dashboard's answer; is DASHBOARD_URL right?"
 
-
-@dataclass(frozen=True, slots=True)
-class Verdict:
-    """What an answer means: the outcome of what was posted, and why in words for the log."""
-
-    outcome: Outcome
-    status: int = 0  # 0: there was no answer
-    problem: str = ""  # the same each time
-    detail: str = ""  # may differ: what the dashboard wrote
-
-    def __str__(self) -> str:
-        return f"{self.problem}: {self.detail}" if self.detail else self.problem
+Judge = Callable[["Answer", str, "tuple[Hint, ...]"], Verdict]
 
 
 def judge(answer: Answer, key: str, hints: tuple[Hint, ...] = ()) -> Verdict:
     """Return the verdict on the answer to a sample; a dialect's hints come before the tables."""
     status = answer.status
     if status == 0:
-        return Verdict(Outcome.RETRY, 0, answer.reason)
+        return Verdict(Outcome.RETRY, answer.reason)
+    server = printable(answer.server, key, HEADER_CHARS)
+    problem = f"answered {status}" + (f" (Server: {server})" if server else "")
+    said = parse_json(answer.body)
+    message = printable(message_of(said), key)
     if 200 <= status < 300:
-        if _is_html(answer):
-            return Verdict(
-                Outcome.KEPT, status, "a web page answered; DASHBOARD_URL is not the dashboard's"
-            )
-        if _says_failure(answer.body):
-            said = excerpt(answer.body, key)
-            return Verdict(Outcome.KEPT, status, f"answered {status} without success", said)
-        return Verdict(Outcome.DELIVERED, status)
+        if said is None and (answer.body or status not in SUCCESS_WITHOUT_BODY):
+            return Verdict(Outcome.KEPT, problem, NOT_THE_DASHBOARD)
+        if said is not None and reports_failure(said):
+            return Verdict(Outcome.KEPT, f"{problem}, but reports a failure", message)
+        return Verdict(Outcome.DELIVERED)
     for hint in hints:
         if status in hint.statuses and hint.contains in answer.body.lower():
-            return Verdict(hint.outcome, status, f"answered {status}", hint.advice)
-    outcome = STATUS_OUTCOMES.get(status, Outcome.RETRY if 500 <= status < 600 else Outcome.KEPT)
+            return Verdict(hint.outcome, problem, hint.advice)
     if 300 <= status < 400:
-        where = excerpt(answer.location.encode("utf-8", "replace"), key)
-        problem = f"answered {status}, a redirect: correct DASHBOARD_URL"
-        return Verdict(outcome, status, problem, where)
-    detail = STATUS_ADVICE.get(status) or excerpt(answer.body, key)
-    return Verdict(outcome, status, f"answered {status}", detail)
+        where = printable(answer.location, key, HEADER_CHARS)
+        return Verdict(Outcome.KEPT, f"{problem}, a redirect: correct DASHBOARD_URL", where)
+    if status in RETRIED:
+        is_own_error = said is not None and status >= 500 and status not in OVERLOADED
+        return Verdict(Outcome.RETRY, problem, message, is_own_error)
+    if said is not None and status in JSON_OUTCOMES:
+        return Verdict(JSON_OUTCOMES[status], problem, STATUS_ADVICE.get(status) or message)
+    advice = NOT_THE_DASHBOARD if status in JSON_OUTCOMES else STATUS_ADVICE.get(status)
+    return Verdict(Outcome.KEPT, problem, advice or message)
 
 
-def _is_html(answer: Answer) -> bool:
-    body = answer.body.lstrip(b"\xef\xbb\xbf \t\r\n")
-    if body.startswith(b"<"):
-        return True
-    return "html" in answer.content_type.lower() and body != b"" and parse_json(body) is None
+def judge_registration(answer: Answer, key: str, hints: tuple[Hint, ...] = ()) -> Verdict:
+    """Return the verdict on the answer to a registration, which has to name the node's id."""
+    verdict = judge(answer, key, hints)
+    if verdict.outcome in (Outcome.REGISTER, Outcome.REFUSED):
+        return dataclasses.replace(verdict, outcome=Outcome.KEPT)
+    names_id = answer.status == 409 or confirmed_id(answer.body) is not None
+    if verdict.outcome is Outcome.DELIVERED and not names_id:
+        problem = f"answered {answer.status} without the id of the node"
+        return Verdict(Outcome.KEPT, problem, NOT_THE_DASHBOARD)
+    return verdict
 
 
-def _says_failure(body: bytes) -> bool:
-    value = parse_json(body)
-    return isinstance(value, dict) and value.get("success") is False
-
-
-def parse_json(body: bytes) -> Any:
-    """Return the value of a JSON text, None if it is none."""
+def parse_json(body: bytes) -> dict[str, Any] | None:
+    """Return the object of a JSON text, None if it is none."""
     try:
-        return json.loads(body)
+        value = json.loads(body)
     except (ValueError, RecursionError):
         return None
+    return value if isinstance(value, dict) else None
+
+
+def reports_failure(said: Mapping[str, Any]) -> bool:
+    """Tell whether an answer's JSON says that it failed, whatever its status."""
+    if any(str(said.get(name)).lower() in ("false", "0", "no") for name in ("success", "ok")):
+        return True
+    code = str(said.get("statusCode"))
+    return (
+        str(said.get("status")).lower() in ("error", "fail", "failed")
+        or (code.isdecimal() and int(code[:9]) >= 400)
+        or bool(said.get("error") or said.get("errors"))
+    )
+
+
+def message_of(said: Mapping[str, Any] | None) -> str:
+    """Return the `error` or `message` of an answer's JSON, "" if it has none."""
+    for name in ("error", "message"):
+        value = (said or {}).get(name)
+        if isinstance(value, dict):
+            value = value.get("message") or value.get("code")
+        if value and isinstance(value, str):
+            return value
+    return ""
 
 
 def confirmed_id(body: bytes) -> str | None:
     """Return the node id that an answer to a registration confirms, None if it names none."""
-    top = parse_json(body)
-    places = (top, top.get("data") if isinstance(top, dict) else None)
+    top = parse_json(body) or {}
     for name in ("node_id", "nodeId", "id"):
-        for place in places:
+        for place in (top, top.get("data")):
             value = place.get(name) if isinstance(place, dict) else None
             if isinstance(value, (str, int)) and not isinstance(value, bool) and str(value).strip():
                 return str(value)[:255]
     return None
 
 
+def printable(text: str, key: str, limit: int = EXCERPT_CHARS) -> str:
+    """Return the beginning of a foreign text, fit for the log: one line, without the key."""
+    return _printable(mask(text[: 2 * limit + len(key)], key))[:limit]
+
+
+def mask(text: str, key: str) -> str:
+    """Replace by *** each run of six or more characters of the key (of all, if it is shorter)."""
+    size = min(KEY_RUN, len(key))
+    pieces = {key[start : start + size] for start in range(len(key) - size + 1)} - {""}
+    hidden: set[int] = set()
+    for start in range(len(text) - size + 1):
+        if text[start : start + size] in pieces:
+            hidden.update(range(start, start + size))
+    runs = itertools.groupby(enumerate(text), key=lambda place: place[0] in hidden)
+    return "".join("***" if is_key else "".join(c for _, c in run) for is_key, run in runs)
+
+
+def http_date(text: str) -> float | None:
+    """Return the epoch seconds of an HTTP date, None if it is none.
+
+    Each of HTTP's three formats is in UTC (RFC 9110, 5.6.7); asctime's does not say so.
+    """
+    try:
+        found = parsedate_to_datetime(text)
+        return (found if found.tzinfo else found.replace(tzinfo=timezone.utc)).timestamp()
+    except (ValueError, TypeError, OverflowError, IndexError):
+        return None
+
+
 def retry_after_s(answer: Answer, now: float) -> float:
     """Return how long the dashboard wants to be left alone, at most RETRY_AFTER_LIMIT_S.
 
-    A date is measured against the answer's own Date: the node's clock may be off.
+    A date is measured against the answer's own Date, else against `now`: the dashboard's
+    clock as far as it is known (epoch seconds).
     """
     text = answer.retry_after.strip()
     if re.fullmatch("[0-9]{1,10}", text):
@@ -1224,47 +1410,12 @@ def retry_after_s(answer: Answer, now: float) -> float:
     return min(RETRY_AFTER_LIMIT_S, max(0.0, seconds))
 
 
-def http_date(text: str) -> float | None:
-    """Return the epoch seconds of an HTTP date, None if it is none."""
-    try:
-        return parsedate_to_datetime(text).timestamp() if text else None
-    except (ValueError, TypeError, OverflowError, IndexError):
-        return None
-
-
 def backoff_s(attempt: int, jitter: float) -> float | None:
     """Return the pause before retry number `attempt` (from 1), None when there is none left.
 
     jitter, 0 to 1, spreads it from 75 to 125 %.
     """
     return BACKOFF_S[attempt - 1] * (0.75 + 0.5 * jitter) if attempt <= len(BACKOFF_S) else None
-
-
-def excerpt(text: bytes, key: str) -> str:
-    """Return the beginning of an answer, fit for the log: one line, and without the key."""
-    shown = text[:ANSWER_LIMIT_BYTES].decode("utf-8", "replace")
-    return _printable(mask(shown, key))[:EXCERPT_CHARS] or "(empty)"
-
-
-def mask(text: str, key: str) -> str:
-    """Replace the key, in whatever spelling an answer or an exception quotes it."""
-    return _spellings(key).sub("***", text) if key else text
-
-
-@functools.lru_cache(maxsize=1)
-def _spellings(key: str) -> re.Pattern[str]:
-    """Match the key with its punctuation as it is, or escaped for a string, JSON, URL or HTML."""
-    letters = []
-    for c in key:
-        code = f"0*{ord(c):x}"
-        names = "".join(f"|{name}" for name, value in HTML_NAMES.items() if value == c)
-        as_html = rf"&(?:#x{code}|#0*{ord(c)}{names});"
-        escaped = rf"(?:\\+[ux]{code}|%{ord(c):02x}|{as_html}|\\*{re.escape(c)})"
-        letters.append(c if c.isalnum() else escaped)
-    return re.compile("".join(letters), re.IGNORECASE)
-
-
-HTML_NAMES = {"amp": "&", "lt": "<", "gt": ">", "quot": '"', "apos": "'"}
 
 
 # --- dialects ----------------------------------------------------------------------------
@@ -1314,12 +1465,12 @@ class Dialect:
         return confirmed_id(answer) if self.confirms_id else None
 
 
-def node_of(config: Config, sample: Sample, ip: str) -> Node:
+def node_of(node_id: str, sample: Sample, ip: str) -> Node:
     """Say who registers: this machine, with what it ran in that sample."""
     processes = _dict(_dict(unpack(sample.packed)).get("processes"))
     found = tuple(name for name, process in processes.items() if FOUND(process))
     hostname = _printable(socket.gethostname())[:255]
-    return Node(config.node_id, hostname, ip, sample.role, found)
+    return Node(node_id, hostname, ip, sample.role, found)
 
 
 class Hint(NamedTuple):
@@ -1554,8 +1705,8 @@ class Answer:
 
     status: int
     reason: str = ""
-    body: bytes = b""
-    content_type: str = ""
+    body: bytes = b""  # decompressed, ANSWER_LIMIT_BYTES at most; empty for a redirect
+    server: str = ""
     date: str = ""
     retry_after: str = ""
     location: str = ""
@@ -1563,204 +1714,78 @@ class Answer:
 
 
 class Transport:
-    """Posts to the dashboard: one session, one connection, nothing taken from the environment."""
+    """Posts to the dashboard over one kept-alive connection; takes nothing from the environment.
+
+    A request goes through requests' adapter alone: its session would follow redirects, keep
+    cookies, and decompress without limit. A timer ends each attempt by shutting its socket
+    down: a socket's own timeout starts anew with every byte that arrives.
+    """
 
     def __init__(self, base_url: str, ca_bundle: str = "") -> None:
         self._base_url = base_url
-        secure = base_url.startswith("https://")
-        self._adapter = _DeadlineAdapter(tls_context(ca_bundle) if secure else None)
-        self._session = requests.Session()
-        self._session.trust_env = False  # no proxy, no ~/.netrc, no REQUESTS_CA_BUNDLE
-        self._session.headers.clear()
-        self._session.headers["User-Agent"] = f"tinomail-agent/{VERSION}"
-        self._session.headers["Accept-Encoding"] = "identity"
-        self._session.cookies.set_policy(_NoCookies())
-        self._session.mount("https://", self._adapter)
-        self._session.mount("http://", self._adapter)
+        self._ca_bundle = ca_bundle
+        self._adapter: _Adapter | None = None  # None: the CA files are to be read (again)
+        self._limit_s = REQUEST_DEADLINE_S  # of an attempt
+        self._timer = threading.Timer(0, _nothing)
+        self._timer_s = 0.0
+        self._connection: Any = None  # urllib3's
+        self._line: socket.socket | None = None  # a second handle: TLS takes the first
+        self._opened = 0.0  # monotonic
+        self._connects = 0  # tries
+        self._address: Any = None  # of the connection
+        self._best: Any = None  # the address where the dashboard answered last
+        self._worst: Any = None  # the address of the last attempt that failed
+        self.local_ip: str | None = None  # this machine's address, of the last connection
+        self.deadline = 0.0  # monotonic: when the attempt ends; infinite during a name look-up
 
-    def post(self, request: Request, limit_s: float = REQUEST_DEADLINE_S) -> Answer:
-        """Send one POST; returns within limit_s, name resolution aside, and never raises
-        for what the network or the dashboard does."""
-        started = time.monotonic()
-        self._adapter.begin(limit_s)
-        while True:
-            connects, received = self._adapter.connects, self._adapter.received
-            try:
-                answer = self._post(request, limit_s)
-            except (OSError, http.client.HTTPException, urllib3.exceptions.HTTPError, ValueError,
-                    AnswerTooLong) as error:
-                answer = Answer(0, explain(error))
-                reused = self._adapter.connects == connects
-                if reused and self._adapter.received == received and _is_closed(error):
-                    continue  # the server had closed the idle connection: a new one, at once
-            return dataclasses.replace(answer, took_s=time.monotonic() - started)
+    def post(self, request: Request, within_s: float = math.inf) -> Answer:
+        """Send one POST; never raises for what the network or the dashboard does.
 
-    def _post(self, request: Request, limit_s: float) -> Answer:
-        with self._session.post(
-            self._base_url + request.path, data=request.body, headers=request.headers,
-            timeout=limit_s, allow_redirects=False, stream=True,
-        ) as response:
-            return Answer(
-                response.status_code,
-                body=_decoded(_read_body(response.raw), response.headers),
-                content_type=response.headers.get("Content-Type", ""),
-                date=response.headers.get("Date", ""),
-                retry_after=response.headers.get("Retry-After", ""),
-                location=response.headers.get("Location", ""),
-            )
-
-    def source_ip(self) -> str | None:
-        """Return this machine's address on the way to the dashboard, or None.
-
-        Resolves the dashboard's name only before the first connection.
+        It ends after REQUEST_DEADLINE_S (SLOW_DEADLINE_S if the last attempt ran out of time)
+        and after within_s; the look-up of the name aside.
         """
-        if self._adapter.target is not None:
-            return source_ip(self._adapter.target)
-        parts = urlsplit(self._base_url)
-        port = parts.port or (443 if parts.scheme == "https" else 80)
+        started = time.monotonic()
+        if started - self._opened > CONNECTION_LIMIT_S:
+            self._close()
+        answer = self._attempt(request, within_s)
+        if answer is None:  # the server had closed the idle connection: a new one, at once
+            answer = self._attempt(request, within_s) or Answer(0, CLOSED_EARLY)
+        took_s = time.monotonic() - started
+        if answer.status and took_s < REQUEST_DEADLINE_S:
+            self._limit_s = REQUEST_DEADLINE_S
+        elif answer.reason == TIME_IS_OVER:
+            self._limit_s = SLOW_DEADLINE_S
+        return dataclasses.replace(answer, took_s=took_s)
+
+    def keep(self) -> None:
+        """Note that the dashboard answered: its address is tried first from now on."""
+        self._best, self._worst = self._address, None
+
+    def disconnect(self) -> None:
+        """Close the connection after a failure: the next attempt looks the name up again."""
+        self._worst = self._address
+        self._close()
+
+    def route_ip(self) -> str:
+        """Return this machine's address on the way to the dashboard, "" without one."""
         try:
-            targets = resolve(parts.hostname or "", port)
+            for family, address in self._look_up(*self._host_and_port()):
+                with socket.socket(family, socket.SOCK_DGRAM) as sock:
+                    sock.connect(address)  # a datagram socket: nothing is sent
+                    return str(sock.getsockname()[0])
         except (OSError, UnicodeError):
-            return None
-        return next(filter(None, (source_ip(address) for _, address in targets)), None)
+            pass  # the post will say why
+        return ""
 
-    def close(self) -> None:
-        self._session.close()
+    def dial(self, connection: Any) -> socket.socket:
+        """Connect to the first address that answers; none takes more than its share of the time.
 
-
-def _is_closed(error: BaseException) -> bool:
-    kinds = (ConnectionError, ssl.SSLEOFError, ssl.SSLZeroReturnError)
-    return any(isinstance(cause, kinds) for cause in _causes(error))
-
-
-class _NoCookies(http.cookiejar.DefaultCookiePolicy):
-    def set_ok(self, cookie: Any, request: Any) -> bool:
-        return False
-
-
-def _read_body(raw: Any) -> bytes:
-    """Read an answer's body, at most ANSWER_LIMIT_BYTES of it."""
-    body = bytearray()
-    try:
-        while len(body) < ANSWER_LIMIT_BYTES:
-            part = raw.read(8192, decode_content=False)
-            if not part:
-                if raw.length_remaining:  # urllib3 1.26 does not mind
-                    raise http.client.IncompleteRead(bytes(body))
-                break
-            body += part
-    except AnswerTooLong:
-        pass  # its beginning is all we want
-    return bytes(body)
-
-
-def _decoded(body: bytes, headers: Mapping[str, str]) -> bytes:
-    """Undo a compression that was not asked for; what it is none of stays as it is."""
-    if "Content-Encoding" not in headers:
-        return body
-    try:
-        return zlib.decompressobj(47).decompress(body, ANSWER_LIMIT_BYTES)  # gzip or zlib
-    except zlib.error:
-        return body
-
-
-class AnswerTooLong(Exception):
-    """An answer went over ANSWER_LIMIT_BYTES."""
-
-
-class _BoundedReader(io.RawIOBase):
-    """Reads an answer within the request's deadline and size, however slowly it drips.
-
-    A socket's own timeout starts anew with every byte that arrives.
-    """
-
-    def __init__(self, inner: Any, sock: socket.socket, adapter: _DeadlineAdapter) -> None:
-        self._inner = inner
-        self._sock = sock
-        self._adapter = adapter
-        self._left = ANSWER_LIMIT_BYTES
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int | None:
-        seconds = self._adapter.deadline - time.monotonic()
-        if seconds <= 0:
-            raise TimeoutError
-        if self._left <= 0:
-            raise AnswerTooLong
-        self._sock.settimeout(seconds)
-        count: int = self._inner.raw.readinto(memoryview(buffer)[: self._left])
-        self._left -= count
-        self._adapter.received += count
-        return count
-
-    def close(self) -> None:
-        self._inner.close()
-        super().close()
-
-
-class _DeadlineAdapter(requests.adapters.HTTPAdapter):
-    """requests' adapter, with one kept-alive connection and a total deadline per request.
-
-    The deadline begins anew when a name has been resolved: getaddrinfo() cannot be bounded.
-    """
-
-    def __init__(self, context: ssl.SSLContext | None) -> None:
-        self._context = context
-        self._limit_s = self.deadline = 0.0
-        self.target: tuple[Any, ...] | None = None  # the socket address last connected to
-        self.connects = 0  # tries
-        self.received = 0  # bytes
-        super().__init__(pool_connections=1, pool_maxsize=1, max_retries=0)
-
-    def begin(self, limit_s: float) -> None:
-        self._limit_s = limit_s
-        self.deadline = time.monotonic() + limit_s
-
-    def init_poolmanager(self, *args: Any, **kwargs: Any) -> None:
-        super().init_poolmanager(*args, **kwargs, ssl_context=self._context)
-        adapter = self
-
-        class Response(http.client.HTTPResponse):
-            def __init__(self, sock: socket.socket, *args: Any, **kwargs: Any) -> None:
-                super().__init__(sock, *args, **kwargs)
-                inner: Any = self.fp
-                self.fp = io.BufferedReader(_BoundedReader(inner, sock, adapter))
-
-            def _read_status(self) -> tuple[str, int, str]:
-                """Skip all interim answers as http.client skips 100 (RFC 9110, 15.2)."""
-                version, status, reason = super()._read_status()  # type: ignore[misc]
-                return version, 100 if 102 <= status < 200 else status, reason
-
-        class Connection(urllib3.connection.HTTPConnection):
-            response_class = Response
-
-            def _new_conn(self) -> socket.socket:
-                return adapter._connect(self.host, self.port)
-
-        class TlsConnection(urllib3.connection.HTTPSConnection):
-            response_class = Response
-
-            def _new_conn(self) -> socket.socket:
-                return adapter._connect(self.host, self.port)
-
-        class Pool(urllib3.HTTPConnectionPool):
-            ConnectionCls = Connection
-
-        class TlsPool(urllib3.HTTPSConnectionPool):
-            ConnectionCls = TlsConnection
-
-        self.poolmanager.pool_classes_by_scheme = {"http": Pool, "https": TlsPool}
-
-    def cert_verify(self, conn: Any, url: str, verify: Any, cert: Any) -> None:
-        """Leave the trust to our own context: requests would add its own CA file to it."""
-        conn.cert_reqs = "CERT_REQUIRED"
-
-    def _connect(self, host: str, port: int) -> socket.socket:
-        self.connects += 1
-        addresses = resolve(host, port)
-        self.deadline = time.monotonic() + self._limit_s
+        connection: urllib3's, which the socket is for.
+        """
+        self._connects += 1
+        self._connection, self._address = connection, None
+        addresses = self._look_up(connection.host, connection.port)
+        self._start_timer(self._timer_s)
         error: OSError = OSError(errno.EHOSTUNREACH, "")
         for index, (family, address) in enumerate(addresses):
             left = max(0.001, self.deadline - time.monotonic())
@@ -1769,30 +1794,195 @@ class _DeadlineAdapter(requests.adapters.HTTPAdapter):
                 sock.settimeout(left / (len(addresses) - index))
                 sock.connect(address)
                 sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-                sock.settimeout(max(0.001, self.deadline - time.monotonic()))
-                self.target = address
-                return sock
+                self._line = sock.dup()
             except OSError as failure:
                 sock.close()
                 error = failure
+                continue
+            self._address, self._opened = address, time.monotonic()
+            self.local_ip = str(sock.getsockname()[0])
+            return sock
         raise error
 
+    def _attempt(self, request: Request, within_s: float) -> Answer | None:
+        """Send a request; None if a kept connection was closed before anything came back."""
+        self._start_timer(min(self._limit_s, within_s))
+        raw, connects = None, self._connects
+        try:
+            raw = self._send(request)
+            with contextlib.closing(raw):
+                return _read_answer(raw)
+        except (OSError, http.client.HTTPException, urllib3.exceptions.HTTPError,
+                ValueError) as error:
+            causes = list(_causes(error))
+            self._close()
+            if any(isinstance(cause, CERTIFICATE_ERRORS) for cause in causes):
+                self._adapter = None
+            if time.monotonic() >= self.deadline:
+                return Answer(0, TIME_IS_OVER)
+            is_closed = any(isinstance(cause, CLOSED) for cause in causes)
+            if is_closed and raw is None and self._connects == connects:
+                return None
+            return Answer(0, explain(causes))
+        finally:
+            self._timer.cancel()
+            if self._line and self._connection.sock is None:  # closed by urllib3: close ours too
+                self._line.close()
 
-def resolve(host: str, port: int) -> list[tuple[int, tuple[Any, ...]]]:
-    """Return (family, socket address) of a host, in the order to try them."""
-    found = socket.getaddrinfo(host.strip("[]"), port, type=socket.SOCK_STREAM)
-    return [(family, address) for family, _, _, _, address in found]
+    def _send(self, request: Request) -> Any:
+        """Send a request; return urllib3's response, of which the headers are read."""
+        if self._adapter is None:
+            secure = self._base_url.startswith("https://")
+            context = tls_context(self._ca_bundle) if secure else None
+            self._adapter = _Adapter(self.dial, context)
+        headers = {
+            "User-Agent": f"tinomail-agent/{VERSION}", "Accept-Encoding": "identity",
+            **request.headers,
+        }
+        url = self._base_url + request.path
+        prepared = requests.Request("POST", url, headers, data=request.body).prepare()
+        return self._adapter.send(prepared, stream=True, timeout=SLOW_DEADLINE_S)
+
+    def _start_timer(self, limit_s: float) -> None:
+        self._timer.cancel()
+        self._timer_s = max(0.001, limit_s)
+        self.deadline = time.monotonic() + self._timer_s
+        self._timer = threading.Timer(self._timer_s, self._cut)
+        self._timer.daemon = True
+        self._timer.start()
+
+    def _cut(self) -> None:
+        """End the attempt; runs in the timer's thread."""
+        line = self._line
+        if line and time.monotonic() >= self.deadline:
+            with contextlib.suppress(OSError):
+                line.shutdown(socket.SHUT_RDWR)
+
+    def _close(self) -> None:
+        if self._adapter:
+            self._adapter.poolmanager.clear()
+        if self._line:
+            self._line.close()
+
+    def _look_up(self, host: str, port: int) -> list[tuple[int, tuple[Any, ...]]]:
+        """Return (family, socket address) of the dashboard, in the order to try them."""
+        self._timer.cancel()
+        self.deadline = math.inf  # getaddrinfo() has no time limit
+        try:
+            found = socket.getaddrinfo(host.strip("[]"), port, type=socket.SOCK_STREAM)
+        finally:
+            self.deadline = time.monotonic()
+        addresses = [(family, address) for family, _, _, _, address in found]
+        return sorted(addresses, key=lambda a: (a[1] == self._worst, a[1] != self._best))
+
+    def _host_and_port(self) -> tuple[str, int]:
+        parts = urlsplit(self._base_url)
+        return parts.hostname or "", parts.port or (443 if parts.scheme == "https" else 80)
 
 
-def source_ip(target: tuple[Any, ...]) -> str | None:
-    """Return this machine's address on the way to a socket address, or None without a route."""
-    family = socket.AF_INET6 if len(target) == 4 else socket.AF_INET
+def _nothing() -> None:
+    pass
+
+
+class _Adapter(requests.adapters.HTTPAdapter):
+    """requests' adapter over one connection, which `dial` makes, with our own trust."""
+
+    def __init__(
+        self, dial: Callable[[Any], socket.socket], context: ssl.SSLContext | None
+    ) -> None:
+        self._dial = dial
+        self._context = context
+        super().__init__(pool_connections=1, pool_maxsize=1, max_retries=0)
+
+    def init_poolmanager(self, *args: Any, **kwargs: Any) -> None:
+        super().init_poolmanager(*args, **kwargs, ssl_context=self._context)
+        dial = self._dial
+        ours = {"_new_conn": lambda self: dial(self), "response_class": _BoundedResponse}
+        http_class, https_class = (
+            type("Connection", (base,), ours)
+            for base in (urllib3.connection.HTTPConnection, urllib3.connection.HTTPSConnection)
+        )
+        self.poolmanager.pool_classes_by_scheme = {
+            "http": type("Pool", (urllib3.HTTPConnectionPool,), {"ConnectionCls": http_class}),
+            "https": type("Pool", (urllib3.HTTPSConnectionPool,), {"ConnectionCls": https_class}),
+        }
+
+    def cert_verify(self, conn: Any, url: str, verify: Any, cert: Any) -> None:
+        """Leave the trust to our own context: requests would add its own CA file to it."""
+        conn.cert_reqs = "CERT_REQUIRED"
+
+    def build_response(self, req: Any, resp: Any) -> Any:
+        """Hand on urllib3's response: requests would take cookies from it."""
+        return resp
+
+
+class _BoundedResponse(http.client.HTTPResponse):
+    """http.client's response, but with at most ANSWER_LIMIT_BYTES of headers.
+
+    It would read a hundred lines of 64 KiB, and parse them into five times as much.
+    """
+
+    def begin(self) -> None:
+        body: Any = self.fp
+        self.fp: Any = _BoundedLines(body)
+        super().begin()
+        if self.fp is not None:  # None: there is no body
+            self.fp = body
+
+
+class _BoundedLines:
+    """The lines of an answer's head, until they are too many."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+        self._left = ANSWER_LIMIT_BYTES
+
+    def readline(self, limit: int = -1) -> bytes:
+        line: bytes = self._stream.readline(min(limit, self._left))
+        self._left -= len(line)
+        if self._left <= 0:
+            raise HeadersTooLong
+        return line
+
+    def close(self) -> None:
+        self._stream.close()
+
+
+class HeadersTooLong(Exception):
+    """The headers of an answer went over ANSWER_LIMIT_BYTES."""
+
+
+def _read_answer(raw: Any) -> Answer:
+    """Read urllib3's response: of a redirect the headers alone."""
+    is_redirect = 300 <= raw.status < 400
+    head = {name: raw.headers.get(name, "") for name in ("Server", "Date", "Retry-After",
+                                                         "Location", "Content-Encoding")}
+    body = b"" if is_redirect else _decoded(_read_body(raw), head["Content-Encoding"])
+    return Answer(raw.status, "", body, head["Server"], head["Date"], head["Retry-After"],
+                  head["Location"])
+
+
+def _read_body(raw: Any) -> bytes:
+    """Read an answer's body, at most ANSWER_LIMIT_BYTES of it."""
+    body = bytearray()
+    while len(body) < ANSWER_LIMIT_BYTES:
+        part = raw.read(8192, decode_content=False)
+        if not part:
+            if raw.length_remaining:  # urllib3 1.26 does not mind
+                raise http.client.IncompleteRead(bytes(body))
+            break
+        body += part
+    return bytes(body)
+
+
+def _decoded(body: bytes, encoding: str) -> bytes:
+    """Undo a compression that was not asked for; what it is none of stays as it is."""
+    if not encoding:
+        return body
     try:
-        with socket.socket(family, socket.SOCK_DGRAM) as sock:
-            sock.connect(target)  # a datagram socket: nothing is sent
-            return str(sock.getsockname()[0])
-    except OSError:
-        return None
+        return zlib.decompressobj(47).decompress(body, ANSWER_LIMIT_BYTES)  # gzip or zlib
+    except zlib.error:
+        return body
 
 
 SYSTEM_CA = "/etc/ssl/certs/ca-certificates.crt"
@@ -1800,20 +1990,34 @@ SYSTEM_CA = "/etc/ssl/certs/ca-certificates.crt"
 certifi_bundle: Callable[[], str] = requests.certs.where  # type: ignore[attr-defined]
 URLLIB3_VERSION: str = urllib3.__version__  # type: ignore[attr-defined]
 WrongName: type[Exception] = urllib3.connection.CertificateError  # type: ignore[attr-defined]
+CERTIFICATE_ERRORS = (ssl.SSLCertVerificationError, WrongName)
+
+
+class TrustError(Exception):
+    """The CA to trust cannot be had; the text says why."""
 
 
 def tls_context(ca_bundle: str) -> ssl.SSLContext:
-    """Return a context that trusts CA_BUNDLE, else the system's store, else certifi's."""
+    """Return a context that trusts CA_BUNDLE, else the system's store, else certifi's.
+
+    Raises TrustError if the file cannot be read.
+    """
+    # Not create_default_context(): from Python 3.13 on it refuses private CAs that older
+    # versions, openssl verify and curl take.
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    context.verify_flags = ssl.VERIFY_X509_TRUSTED_FIRST | ssl.VERIFY_X509_PARTIAL_CHAIN
+    # urllib3 1.26 names no IP address to OpenSSL: it compares the certificate's names itself.
+    context.check_hostname = not URLLIB3_VERSION.startswith("1.")
     for path in [ca_bundle] if ca_bundle else [SYSTEM_CA, certifi_bundle()]:
         try:
-            context = ssl.create_default_context(cafile=path)
-        except OSError as error:  # ssl.SSLError is one
-            last = error
-            continue
-        # urllib3 1.26 names no IP address to OpenSSL: it compares the certificate's names itself.
-        context.check_hostname = not URLLIB3_VERSION.startswith("1.")
-        return context
-    raise last
+            context.load_verify_locations(cafile=path)
+            return context
+        except ssl.SSLError:
+            why = "it holds no certificate in PEM form"
+        except OSError as error:
+            why = os.strerror(error.errno or 0)
+    raise TrustError(f"cannot use CA_BUNDLE={ca_bundle or path}: {why}")
 
 
 # X509_V_ERR_* of openssl/x509_vfy.h: what is wrong with a certificate.
@@ -1824,16 +2028,24 @@ CERTIFICATE_PROBLEMS = {
     19: "comes from a CA that this node does not trust",
     20: "comes from a CA that this node does not trust",
     21: "comes from a CA that this node does not trust",
+    24: "comes from a CA whose own certificate is no CA's",
+    26: "is not meant for a server",
     62: "is for another name",
     64: "is for another IP address",
 }
 
+TIME_IS_OVER = "no complete answer in time (a firewall, or a dashboard that hangs)"
+CLOSED_EARLY = "the connection was closed before the answer was complete"
+CLOSED = (ConnectionError, ssl.SSLEOFError, ssl.SSLZeroReturnError)
+
 # Why there was no answer, in our own words: an exception's text may hold the key. First match.
 NETWORK_PROBLEMS: tuple[tuple[Any, Callable[[Any], str]], ...] = (
+    (TrustError, str),
     (
         ssl.SSLCertVerificationError,
-        lambda e: f"the dashboard's certificate {CERTIFICATE_PROBLEMS.get(e.verify_code, 'is bad')}"
-        " (CA_BUNDLE names the CA to trust)",
+        lambda e: "the dashboard's certificate "
+        + CERTIFICATE_PROBLEMS.get(e.verify_code, f"is bad (OpenSSL: {e.verify_message})")
+        + " (CA_BUNDLE names the CA to trust)",
     ),
     (
         WrongName,
@@ -1841,30 +2053,27 @@ NETWORK_PROBLEMS: tuple[tuple[Any, Callable[[Any], str]], ...] = (
         " (CA_BUNDLE names the CA to trust)",
     ),
     (socket.gaierror, lambda e: "the name in DASHBOARD_URL cannot be resolved"),
-    (TimeoutError, lambda e: "no complete answer in time (a firewall, or a dashboard that hangs)"),
+    (TimeoutError, lambda e: TIME_IS_OVER),
     (ConnectionRefusedError, lambda e: "connection refused"),
-    (
-        (ConnectionError, http.client.IncompleteRead, ssl.SSLEOFError, ssl.SSLZeroReturnError),
-        lambda e: "the connection was closed before the answer was complete",
-    ),
+    ((*CLOSED, http.client.IncompleteRead), lambda e: CLOSED_EARLY),
     (
         ssl.SSLError,
         lambda e: f"TLS failed ({e.reason or 'no reason given'}); is this an https:// address?",
     ),
-    (AnswerTooLong, lambda e: "the headers of the answer are too long"),
+    (HeadersTooLong, lambda e: "the headers of the answer are too long"),
     (http.client.HTTPException, lambda e: "the answer is not HTTP; is DASHBOARD_URL right?"),
 )
 
 
-def explain(error: BaseException) -> str:
-    """Say why there was no answer, without a word of the exception's own text."""
-    causes = list(_causes(error))
+def explain(causes: list[BaseException]) -> str:
+    """Say why there was no answer, without a word of an exception's own text."""
     for kind, words in NETWORK_PROBLEMS:
         for cause in causes:
             if isinstance(cause, kind):
                 return words(cause)
     codes = [c.errno for c in causes if isinstance(c, OSError) and isinstance(c.errno, int)]
-    return os.strerror(codes[-1]) if codes else f"the request failed ({type(error).__name__})"
+    kind_name = type(causes[0]).__name__
+    return os.strerror(codes[-1]) if codes else f"the request failed ({kind_name})"
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:
@@ -1880,64 +2089,73 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
 
 # --- state on disk -----------------------------------------------------------------------
 
+
+STATE_DIRECTORY = "STATE_DIRECTORY"  # by this name the log speaks of it when it hangs
 SAMPLE_LIMIT_BYTES = 64 * 1024  # of a file; of the JSON in it: 16 times that
-ASIDE_LIMIT = 10  # what was put aside is kept to be looked at, but not for ever
+SAMPLE_FILE = re.compile(r"(\d{12,18})\.sample")
 TIMESTAMP = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z")
+
+
+class SavedSamples(NamedTuple):
+    """What was found in STATE_DIRECTORY."""
+
+    samples: list[Sample]  # oldest first
+    damaged: int  # files that were none, and were deleted
+    unread: str  # why some could not be read now, "" if all could
 
 
 class State:
     """What outlives the process, below STATE_DIRECTORY: the samples that wait, and the role.
 
-    buffer/SEQ.sample holds a sample as it is in memory; `aside` what was found there and is
-    none. Nothing is synced, the disk is the mail server's: a power cut may leave torn files.
-    All but role() raise OSError when the disk fails.
+    buffer/SEQ.sample holds a sample as it is in memory. Nothing is synced, the disk is the mail
+    server's: a power cut may damage files, and may bring back those that were deleted last.
     """
 
     def __init__(self, folder: str) -> None:
         self._role = os.path.join(folder, "role")
-        self._aside = os.path.join(folder, "aside")
         self._buffer = os.path.join(folder, "buffer")
 
-    def load(self) -> tuple[list[Sample], int]:
-        """Return the samples, oldest first, and how many files were put aside as none."""
-        samples, aside = [], 0
-        os.makedirs(self._buffer, exist_ok=True)
-        with os.scandir(self._buffer) as entries:
-            found = list(entries)
-        for entry in found:
-            try:
-                seq = int(re.sub(r"\.sample$", "", entry.name))
-                if entry.path != self._path(seq) or not entry.is_file(follow_symlinks=False):
-                    raise ValueError("not a file of ours")
-                samples.append(read_sample(seq, read_bytes(entry.path, SAMPLE_LIMIT_BYTES + 1)))
-            except (OSError, ValueError):
-                aside += self._put_aside(entry.path)
-        return sorted(samples, key=lambda sample: sample.seq), aside
+    def load(self, known: Container[int] = ()) -> SavedSamples:
+        """Read the saved samples, but for those whose number is known.
 
-    def _put_aside(self, path: str) -> bool:
-        """Move a file out of the way; what was being written when we were killed is no loss."""
+        A file that cannot be read now stays for later. A damaged one is deleted.
+        """
+        samples, damaged, unread = [], 0, ""
         try:
-            if path.endswith(".new"):
-                os.unlink(path)
-                return False
-            os.makedirs(self._aside, exist_ok=True)
-            os.replace(path, os.path.join(self._aside, f"{time.time_ns()}"))
-            for name in sorted(os.listdir(self._aside))[:-ASIDE_LIMIT]:
-                os.unlink(os.path.join(self._aside, name))
-        except OSError:
-            pass  # it stays, and is no sample the next time either
-        return True
+            with os.scandir(self._buffer) as entries:
+                files = [entry for entry in entries if entry.is_file(follow_symlinks=False)]
+        except OSError as error:
+            return SavedSamples([], 0, "" if error.errno == errno.ENOENT else _reason(error))
+        for entry in sorted(files, key=lambda entry: entry.name):
+            found = SAMPLE_FILE.fullmatch(entry.name)
+            if found is None:
+                if entry.name.endswith(".sample.new"):  # half written when we were killed
+                    _unlink(entry.path)
+            elif int(found[1]) not in known:
+                try:
+                    packed = read_bytes(entry.path, SAMPLE_LIMIT_BYTES + 1)
+                except OSError as error:
+                    unread = _reason(error)
+                    continue
+                sample = read_sample(int(found[1]), packed)
+                if sample:
+                    samples.append(sample)
+                else:
+                    damaged += 1
+                    _unlink(entry.path)
+        return SavedSamples(samples, damaged, unread)
 
     def write(self, sample: Sample) -> None:
-        """Write a sample so that it is there as a whole or not at all."""
+        """Write a sample so that it is there as a whole or not at all. Raises OSError."""
         self._replace(self._path(sample.seq), sample.packed)
 
     def remove(self, seq: int) -> None:
+        """Remove the file of a sample, if there is one. Raises OSError."""
         with contextlib.suppress(FileNotFoundError):
             os.unlink(self._path(seq))
 
     def role(self) -> str:
-        """Return the role that was found in an earlier life, "unknown" if none was."""
+        """Return the role that was found in an earlier run, "unknown" if none was."""
         try:
             role = read_bytes(self._role, 100).decode("ascii", "replace").strip()
         except OSError:
@@ -1959,31 +2177,30 @@ class State:
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             os.replace(f"{path}.new", path)
         except OSError:
-            with contextlib.suppress(OSError):
-                os.unlink(f"{path}.new")
+            _unlink(f"{path}.new")
             raise
 
 
-def read_sample(seq: int, packed: bytes) -> Sample:
-    """Return the sample that a file holds; ValueError if it is torn or not a sample."""
+def _unlink(path: str) -> None:
+    with contextlib.suppress(OSError):
+        os.unlink(path)
+
+
+def read_sample(seq: int, packed: bytes) -> Sample | None:
+    """Return the sample that a file holds, None if the file is damaged or holds none."""
     inflate = zlib.decompressobj()
     try:
-        text = inflate.decompress(packed, 16 * SAMPLE_LIMIT_BYTES)
-        body = json.loads(text, parse_constant=_no_constant)
-    except (zlib.error, RecursionError) as error:
-        raise ValueError(str(error)) from None
-    if not inflate.eof or inflate.unused_data or not isinstance(body, dict):
-        raise ValueError("it is cut off, or has something behind it")
-    stamp, role = body.get("timestamp"), body.get("role")
-    if not isinstance(body.get("system"), dict) or not TIMESTAMP.fullmatch(str(stamp)):
-        raise ValueError("it is not a sample")
-    if role not in ROLE_PORTS:
-        raise ValueError("it has no role")
-    return Sample(seq, role, packed)
+        body = json.loads(inflate.decompress(packed, 16 * SAMPLE_LIMIT_BYTES))
+        parts = [body.get(name, {}) for name in ("system", "processes", "services", "agent")]
+        is_sample = (
+            inflate.eof and not inflate.unused_data and isinstance(body["role"], str)
+            and "system" in body and all(isinstance(part, dict) for part in parts)
+            and TIMESTAMP.fullmatch(body["timestamp"])
+        )
+    except Exception:  # whatever a file may hold: it must not stop the start
+        return None
+    return Sample(seq, body["role"], packed) if is_sample else None
 
-
-def _no_constant(name: str) -> None:
-    raise ValueError(f"{name} is not JSON")
 
 
 def pack(sample: Mapping[str, Any]) -> bytes:
@@ -3124,14 +3341,9 @@ def _watched(text: str) -> tuple[tuple[str, str], ...]:
     return tuple(pairs)
 
 
-def _ca_bundle(text: str) -> str:
-    if text:
-        try:
-            ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(cafile=text)
-        except ssl.SSLError:
-            raise ValueError("holds no certificate in PEM form") from None
-        except OSError as error:
-            raise ValueError(f"cannot be read: {os.strerror(error.errno or 0)}") from None
+def _path(text: str) -> str:
+    if text and (not text.startswith("/") or not text.isprintable()):
+        raise ValueError("must be an absolute path")
     return text
 
 
@@ -3204,7 +3416,7 @@ class Config:
         _whole(10, 10_000), "100", "samples kept while the dashboard cannot be reached", "1000"
     )
     ca_bundle: str = _setting(
-        _ca_bundle, "", "PEM file with the CA to trust; empty: the system's store",
+        _path, "", "PEM file with the CA to trust; empty: the system's store",
         "/etc/ssl/certs/my-ca.pem",
     )
     allow_http: bool = _setting(
@@ -3272,6 +3484,12 @@ def parse_env(data: bytes) -> tuple[dict[str, str], list[str]]:
     return values, problems
 
 
+def host_name() -> str:
+    """Return the machine's host name, "" as long as nobody has set it."""
+    name = socket.gethostname()
+    return "" if name.split(".")[0] in ("", "localhost", "(none)") else name
+
+
 def _unknown_name(name: str) -> str:
     """Say what may have been meant. What does not look like a name may be a piece of the key."""
     import difflib  # only when something is wrong
@@ -3317,9 +3535,9 @@ def load_config(
     for setting in SETTINGS:
         text = environ.get(setting.name) or from_file.get(setting.name) or setting.default
         if setting.name == "NODE_ID":
-            text = text or socket.gethostname()
-        if not text and setting.required:
-            if need_dashboard and not unread:
+            text = text or host_name()
+        if not text and (setting.required or setting.name == "NODE_ID"):
+            if setting.required and need_dashboard and not unread:
                 problems.append(
                     f"{setting.name}: is missing (example: {setting.name}={setting.example})"
                 )
@@ -3361,8 +3579,8 @@ def _contradictions(values: Mapping[str, Any]) -> list[str]:
 def _second_thoughts(values: Mapping[str, Any]) -> list[str]:
     """Return what is allowed, but seldom meant."""
     found = []
-    if values["node_id"].split(".")[0] == "localhost":
-        found.append("NODE_ID: this node reports as localhost: set NODE_ID, or its host name")
+    if not values["node_id"]:
+        found.append("NODE_ID: the host name is not set yet: set NODE_ID, or the host name")
     if values["heartbeat_interval"] > DEAD_AFTER_MS:
         found.append(
             f"HEARTBEAT_INTERVAL: the dashboard takes a node for dead after {DEAD_AFTER_MS} ms"
@@ -3490,19 +3708,17 @@ def run_check(config: Config) -> int:
         f"\ncost: {cost['cpu_ms']:.1f} ms of CPU and {cost['wall_ms']:.0f} ms for this sample, "
         f"{cost['rss_mib']:.1f} MiB of memory"
     )
-    ip = transport.source_ip()
-    if ip is None:
-        print("\ndashboard: FAILED: there is no address of, or no route to, the dashboard")
-        return 1
+    ip = transport.route_ip()
     dialect = DIALECTS[config.dashboard_api]
-    answer = transport.post(dialect.register(node_of(config, sample, ip), config.api_key))
-    verdict = judge(answer, config.api_key, dialect.hints)
+    request = dialect.register(node_of(config.node_id, sample, ip), config.api_key)
+    answer = transport.post(request)
+    verdict = judge_registration(answer, config.api_key, dialect.hints)
     print(f"\ndialect: DASHBOARD_API={config.dashboard_api}")
     if verdict.outcome is not Outcome.DELIVERED:
         print(f"dashboard: FAILED: {verdict}")
         return 1
     confirmed = dialect.confirmed_id(answer.body) or config.node_id
-    node_id = excerpt(confirmed.encode("utf-8", "replace"), config.api_key)
+    node_id = printable(confirmed, config.api_key)
     print(f"dashboard: ok, registered as {node_id} (role {sample.role}, address {ip}) "
           f"in {answer.took_s * 1000:.0f} ms")
     return 0
@@ -3568,6 +3784,10 @@ def run(argv: list[str] | None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a path may hold any bytes
+    if not (options.once or options.check):  # a signal may come before the agent is up
+        signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            signal.signal(number, lambda *_: sys.exit(0))
     try:
         config = load_config(os.environ, options.env_file, need_dashboard=not options.once)
     except SettingsError as error:

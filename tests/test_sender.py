@@ -24,6 +24,8 @@ from tinomail_agent import Answer, Buffer, Sender
 
 BEAT_S = 15.0
 OK = Answer(201, body=b'{"success": true}')
+REGISTERED = Answer(201, body=b'{"success": true, "data": {"id": "mta-01"}}')
+REFUSAL = b'{"error": "validation failed"}'
 NO_ANSWER = Answer(0, "connection refused")
 
 
@@ -51,8 +53,10 @@ class Site:
         self.config = make_config("https://monitor.example.com", **settings)
         self.buffer = Buffer(self.config.buffer_size)
         self.answer: Callable[[agent.Request], Answer] = lambda request: OK
-        self.registration: Callable[[], Answer] = lambda: OK
-        self.ip: str | None = "10.0.0.1"
+        self.registration: Callable[[], Answer] = lambda: REGISTERED
+        self.ip = "10.0.0.1"
+        self.deadline = 0.0
+        self.closed = 0  # connections, after a failure
         self.posts: list[tuple[float, str]] = []  # (when, timestamp) of each sample posted
         self.delivered: list[str] = []
         self.nodes: list[dict[str, Any]] = []
@@ -67,7 +71,7 @@ class Site:
 
     # - the network, as Transport has it
 
-    def post(self, request: agent.Request, limit_s: float = 10.0) -> Answer:
+    def post(self, request: agent.Request, within_s: float = math.inf) -> Answer:
         self.clock.advance(self.duration_s)
         if request.path.endswith("/nodes"):
             self.nodes.append(json_of(request))
@@ -80,8 +84,18 @@ class Site:
             self.delivered.append(body["timestamp"])
         return answer
 
-    def source_ip(self) -> str | None:
+    @property
+    def local_ip(self) -> str:
         return self.ip
+
+    def route_ip(self) -> str:
+        return self.ip
+
+    def keep(self) -> None:
+        pass
+
+    def disconnect(self) -> None:
+        self.closed += 1
 
     # - time
 
@@ -163,7 +177,7 @@ def test_down_at_the_start(site: Site, caplog: pytest.LogCaptureFixture) -> None
     site.beat(5)
     assert (site.posts, site.counters.waiting) == ([], 5)
     assert len(site.nodes) == 5  # one attempt per heartbeat
-    site.registration = lambda: OK
+    site.registration = lambda: REGISTERED
     site.beat()
     assert site.delivered == stamps(6, 1, 2, 3, 4, 5)  # the newest, then the oldest first
     assert said(caplog) == [
@@ -575,7 +589,7 @@ def test_samples_go_on_when_a_later_registration_fails(
     assert site.counters.delivered == 6
     [line] = said(caplog, logging.WARNING)
     assert line.startswith("cannot register again: registration: answered 500")
-    site.registration = lambda: OK
+    site.registration = lambda: REGISTERED
     site.beat()
     assert site.sender._registered == ("wildduck", "10.0.0.1")
 

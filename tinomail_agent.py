@@ -67,6 +67,7 @@ import struct
 import sys
 import threading
 import time
+import weakref
 import zlib
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -105,6 +106,7 @@ DISK_LIMIT_S = 1.0  # for what is written to STATE_DIRECTORY at a time
 LOAD_LIMIT_S = 10.0  # for reading it at the start
 STOP_LIMIT_S = 5.0
 CLOCK_OFFSET_LIMIT_S = 30
+CLOCK_AGREES = 20  # answers in a row, until the clock is called right again
 REFUSED_LOG_S = 3600.0  # between two lines about refused samples
 CRASH_PAUSE_S = 10.0
 SUPERVISE_S = 1.0
@@ -226,19 +228,13 @@ class Agent:
         # To the second sample half to one and a half intervals pass: nodes that were started
         # together, after a power cut say, do not post together ever after.
         pause = interval * (0.5 + phase(self._config.node_id))
-        while not self._wait_until(due):
+        while not self._stop.wait(max(0.0, due - time.monotonic())):
             self._guarded(self._take_sample)
             due = next_tick(due + pause - interval, time.monotonic(), interval)
             pause = interval
-            now = time.monotonic()
-            if self._wait_until(min(now + SAVE_AFTER_S, (now + due) / 2)):
+            if self._stop.wait(min(SAVE_AFTER_S, max(0.0, due - time.monotonic()) / 2)):
                 return
             self._guarded(self._buffer.save)
-
-    def _wait_until(self, moment: float) -> bool:
-        """Wait until then, or for the stop; tell whether to stop."""
-        self._collector_due = moment
-        return self._stop.wait(max(0.0, moment - time.monotonic()))
 
     def _guarded(self, work: Callable[[], None]) -> None:
         try:
@@ -262,6 +258,7 @@ class Agent:
         if self._is_clock_set():
             self._buffer.put(self._collector.collect())
         self._has_sampled.set()
+        self._collector_due = time.monotonic() + 1.5 * self._config.interval_s  # its longest pause
         if self._state and self._config.node_role == "auto" and self._role != self._collector.role:
             try:
                 self._state.remember_role(self._collector.role)
@@ -640,7 +637,7 @@ class Buffer:
                     "disk", f"cannot write undelivered samples to disk: {_reason(error)}"
                 )
                 return
-        self._disk_problems.end("disk", "writing undelivered samples to disk again")
+            self._disk_problems.end("disk", "writing undelivered samples to disk again")
 
     def _next_file(self) -> tuple[int, Sample | None] | None:
         """Return the next sample to write, or the number of one whose file is to be removed."""
@@ -730,9 +727,11 @@ class Sender:
         self._refused_told_at = -math.inf
         self._refusal: Verdict | None = None  # the last one
         self._registration_told = ""
+        self._clock_agrees = 0
         self.clock_offset_s: int | None = None  # this node's clock minus the dashboard's
         self.crashes = 0
         self.stop_by = math.inf  # no attempt begins that would not end by then
+        self._is_crashing = False
         self._due = math.inf  # by then this thread has made progress, if it is well
         self._last_answer = "nothing sent yet"
         self._last_took_s = 0.0
@@ -741,9 +740,7 @@ class Sender:
         """Deliver until the buffer is closed, then what the time allows."""
         self._guarded(self._load)
         while not self._buffer.is_closed:
-            pause = self._guarded(self.step)
-            self._due = self._clock() + pause
-            self._buffer.wait(pause)
+            self._buffer.wait(self._guarded(self.step))
         self._guarded(self.flush)
 
     def _load(self) -> float:
@@ -751,14 +748,19 @@ class Sender:
         return 0.0
 
     def _guarded(self, work: Callable[[], float]) -> float:
-        """Run a piece of work; after a crash, pause."""
-        self._due = self._clock()
+        """Run a piece of work; after a crash, pause. A crash is no progress."""
+        if not self._is_crashing:
+            self._due = self._clock()
         try:
-            return work()
+            pause = work()
+            self._is_crashing = False
+            self._due = self._clock() + pause
         except Exception:
             self.crashes += 1
+            self._is_crashing = True
             self._problems.crash("the sender failed; it goes on with the next sample")
-            return CRASH_PAUSE_S
+            pause = CRASH_PAUSE_S
+        return pause
 
     @property
     def due(self) -> float:
@@ -863,7 +865,7 @@ class Sender:
         self._strikes.setdefault(sample.seq, Strikes(0, self._deliveries))
         self._drain_left = self._drain_left - 1 if verdict.outcome is Outcome.REFUSED else 0
         self._problems.begin(
-            "drain", f"cannot deliver an undelivered sample: {verdict.problem}", verdict.detail
+            "drain", f"cannot deliver an old sample: {verdict.problem}", verdict.detail
         )
 
     def _plan_retry(self, sample: Sample, verdict: Verdict) -> bool:
@@ -966,7 +968,6 @@ class Sender:
     def _judge(self, answer: Answer, judge: Judge) -> Verdict:
         """Judge an answer, and note what else it tells: when to ask again, and the time there."""
         verdict = judge(answer, self._config.api_key, self._dialect.hints)
-        self._due = self._clock()
         self._last_took_s = answer.took_s
         self._last_answer = f"last {answer.status or 'unanswered'} in {answer.took_s * 1000:.0f} ms"
         if verdict.outcome is Outcome.DELIVERED:
@@ -994,7 +995,10 @@ class Sender:
                 "clock", f"this node's clock is {way} the dashboard's: "
                 "is time synchronisation running?", f"{abs(offset)} s",
             )
-        elif abs(offset) < CLOCK_OFFSET_LIMIT_S / 2:
+            self._clock_agrees = 0
+            return
+        self._clock_agrees += 1
+        if self._clock_agrees >= CLOCK_AGREES:
             self._problems.end("clock", "this node's clock agrees with the dashboard's again")
 
     # - changes of state
@@ -1131,7 +1135,7 @@ class Worker:
     def __init__(self, limit_s: float, problems: Problems) -> None:
         self._limit_s = limit_s
         self._problems = problems
-        self._inbox: queue.SimpleQueue[_Batch] | None = None  # of the thread at rest
+        self._inbox: queue.SimpleQueue[_Batch | None] | None = None  # of the thread at rest
         self._abandoned: dict[str, _Batch] = {}  # name of a call that hangs -> its batch
         self._lock = threading.Lock()  # one run() at a time
 
@@ -1173,6 +1177,7 @@ class Worker:
     def _start(self, calls: Mapping[str, Callable[[], Any]]) -> _Batch:
         if self._inbox is None:
             self._inbox = queue.SimpleQueue()
+            weakref.finalize(self, self._inbox.put, None)  # the thread ends with its Worker
             threading.Thread(
                 target=self._work, args=(self._inbox,), name="worker", daemon=True
             ).start()
@@ -1181,9 +1186,8 @@ class Worker:
         return batch
 
     @staticmethod
-    def _work(inbox: queue.SimpleQueue[_Batch]) -> None:
-        while True:
-            batch = inbox.get()
+    def _work(inbox: queue.SimpleQueue[_Batch | None]) -> None:
+        while batch := inbox.get():
             for name, call in batch.calls.items():
                 if batch.is_abandoned:
                     return
@@ -1276,7 +1280,7 @@ STATUS_ADVICE = {
     403: "the dashboard forbids it: look there for a blocked key or node",
     404: "no such address or node: is DASHBOARD_URL right?",
 }
-NOT_THE_DASHBOARD = "this is not the dashboard's answer; is DASHBOARD_URL right?"
+NOT_THE_DASHBOARD = "this is not the dashboard's answer: is DASHBOARD_URL right?"
 
 Judge = Callable[["Answer", str, "tuple[Hint, ...]"], Verdict]
 
@@ -1729,7 +1733,7 @@ class Transport:
         self._timer = threading.Timer(0, _nothing)
         self._timer_s = 0.0
         self._connection: Any = None  # urllib3's
-        self._line: socket.socket | None = None  # a second handle: TLS takes the first
+        self._line: socket.socket | None = None  # a handle of its socket, during an attempt
         self._opened = 0.0  # monotonic
         self._connects = 0  # tries
         self._address: Any = None  # of the connection
@@ -1784,6 +1788,8 @@ class Transport:
         """
         self._connects += 1
         self._connection, self._address = connection, None
+        if self._line:
+            self._line.close()
         addresses = self._look_up(connection.host, connection.port)
         self._start_timer(self._timer_s)
         error: OSError = OSError(errno.EHOSTUNREACH, "")
@@ -1794,7 +1800,7 @@ class Transport:
                 sock.settimeout(left / (len(addresses) - index))
                 sock.connect(address)
                 sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-                self._line = sock.dup()
+                self._line = sock.dup()  # TLS will take the first handle
             except OSError as failure:
                 sock.close()
                 error = failure
@@ -1806,6 +1812,8 @@ class Transport:
 
     def _attempt(self, request: Request, within_s: float) -> Answer | None:
         """Send a request; None if a kept connection was closed before anything came back."""
+        kept = getattr(self._connection, "sock", None)
+        self._line = socket.socket(fileno=os.dup(kept.fileno())) if kept else None
         self._start_timer(min(self._limit_s, within_s))
         raw, connects = None, self._connects
         try:
@@ -1826,7 +1834,7 @@ class Transport:
             return Answer(0, explain(causes))
         finally:
             self._timer.cancel()
-            if self._line and self._connection.sock is None:  # closed by urllib3: close ours too
+            if self._line:
                 self._line.close()
 
     def _send(self, request: Request) -> Any:
@@ -1861,8 +1869,6 @@ class Transport:
     def _close(self) -> None:
         if self._adapter:
             self._adapter.poolmanager.clear()
-        if self._line:
-            self._line.close()
 
     def _look_up(self, host: str, port: int) -> list[tuple[int, tuple[Any, ...]]]:
         """Return (family, socket address) of the dashboard, in the order to try them."""
@@ -1871,7 +1877,7 @@ class Transport:
         try:
             found = socket.getaddrinfo(host.strip("[]"), port, type=socket.SOCK_STREAM)
         finally:
-            self.deadline = time.monotonic()
+            self.deadline = time.monotonic() + self._timer_s
         addresses = [(family, address) for family, _, _, _, address in found]
         return sorted(addresses, key=lambda a: (a[1] == self._worst, a[1] != self._best))
 
@@ -1925,9 +1931,10 @@ class _BoundedResponse(http.client.HTTPResponse):
     def begin(self) -> None:
         body: Any = self.fp
         self.fp: Any = _BoundedLines(body)
-        super().begin()
-        if self.fp is not None:  # None: there is no body
-            self.fp = body
+        try:
+            super().begin()
+        finally:
+            self.fp = self.fp and body  # None: there is no body
 
 
 class _BoundedLines:
@@ -1942,13 +1949,15 @@ class _BoundedLines:
         self._left -= len(line)
         if self._left <= 0:
             raise HeadersTooLong
+        if not line and self._left < ANSWER_LIMIT_BYTES:  # http.client takes what it has
+            raise http.client.IncompleteRead(b"")
         return line
 
     def close(self) -> None:
         self._stream.close()
 
 
-class HeadersTooLong(Exception):
+class HeadersTooLong(http.client.HTTPException):
     """The headers of an answer went over ANSWER_LIMIT_BYTES."""
 
 
@@ -1993,7 +2002,7 @@ WrongName: type[Exception] = urllib3.connection.CertificateError  # type: ignore
 CERTIFICATE_ERRORS = (ssl.SSLCertVerificationError, WrongName)
 
 
-class TrustError(Exception):
+class TrustError(ValueError):
     """The CA to trust cannot be had; the text says why."""
 
 
@@ -3581,6 +3590,8 @@ def _second_thoughts(values: Mapping[str, Any]) -> list[str]:
     found = []
     if not values["node_id"]:
         found.append("NODE_ID: the host name is not set yet: set NODE_ID, or the host name")
+    elif values["node_id"].split(".")[0] == "localhost":
+        found.append("NODE_ID: this node reports as localhost: take another name")
     if values["heartbeat_interval"] > DEAD_AFTER_MS:
         found.append(
             f"HEARTBEAT_INTERVAL: the dashboard takes a node for dead after {DEAD_AFTER_MS} ms"

@@ -21,7 +21,7 @@ import tinomail_agent as agent
 BEAT_S = 15.0
 OUTAGE_S = 3600.0
 WATCHED_S = 900.0  # after the return
-OK = agent.Answer(201, body=b'{"success": true}')
+OK = agent.Answer(201, body=b'{"success": true, "id": "mta"}')
 DOWN = agent.Answer(0, "connection refused")
 
 
@@ -53,10 +53,18 @@ class Node:
         self.pause = BEAT_S * (0.5 + agent.phase(name))  # as in Agent._collect
         self.seq = 0
 
-    def source_ip(self) -> str:
-        return "192.0.2.1"
+    deadline = 0.0
+    local_ip = "192.0.2.1"
 
-    def post(self, request: agent.Request, limit_s: float = 0.0) -> agent.Answer:
+    def keep(self) -> None:
+        pass
+
+    disconnect = keep
+
+    def route_ip(self) -> str:
+        return self.local_ip
+
+    def post(self, request: agent.Request, within_s: float = 0.0) -> agent.Answer:
         if not self._fleet.is_up:
             return DOWN
         self._fleet.note(self)
@@ -101,7 +109,7 @@ class Fleet:
                 self._plan(self.now + node.take_sample(), node, is_tick=True)
             elif number != self._wakes[node]:
                 continue
-            pause = min(node.sender.step(), agent.SENDER_WAKE_S)
+            pause = node.sender.step()
             self._wakes[node] = self._plan(self.now + max(0.0, pause), node, is_tick=False)
         self.now = until
 

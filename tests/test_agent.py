@@ -99,7 +99,7 @@ def test_down_at_the_start_for_five_heartbeats(start_agent: StartAgent, api: str
     with Dashboard(KEY, api=api) as server:
         server.fault = "refuse"
         process = start_agent(server.url)
-        eventually(lambda: process.lines("not delivered .* connection refused"))
+        eventually(lambda: process.lines("cannot deliver .* connection refused"))
         time.sleep(5)
         server.fault = "off"
         eventually(lambda: len(server.stored()) >= 6)
@@ -195,20 +195,22 @@ WARNS = {
     "drip-headers": "no complete answer in time",
     "reset": "closed before the answer was complete",
     "half": "closed before the answer was complete",
-    "401": "answered 401: the dashboard does not accept API_KEY",
+    "401": "the dashboard does not accept API_KEY",
+    "400": "answered 400",
+    "422": "answered 422",
     "403": "answered 403",
     "404": "answered 404",
     "429": "answered 429",
     "429-date": "answered 429",
     "500": "answered 500",
     "503": "answered 503",
-    "html": "a web page answered",
-    "redirect": "answered 301, a redirect",
-    "unsuccessful": "answered 200 without success",
+    "html": "this is not the dashboard's answer",
+    "huge": "this is not the dashboard's answer",
+    "redirect": "a redirect: correct DASHBOARD_URL: https://elsewhere.invalid/login",
+    "unsuccessful": "but reports a failure: not now",
 }
-REFUSES = ("400", "422")
 ELSEWHERE = {"off", "poison", "429-long"}  # below, and in test_faults.py
-TAKES = ("409", "huge")  # the stand-in does not store what it answers like this
+TAKES = ("409",)  # the stand-in does not store what it answers like this
 
 
 def has_stored(server: Dashboard, count: int) -> bool:
@@ -284,17 +286,9 @@ def test_nothing_is_lost(mode: str, outcomes: dict[str, Outcome]) -> None:
 def test_one_line_per_change_of_state(mode: str, outcomes: dict[str, Outcome]) -> None:
     process = outcomes[mode].process
     [line] = process.lines("WARNING")
-    assert "not delivered (up to 100 samples are kept): " in line and WARNS[mode] in line
+    assert "cannot deliver samples (keeping up to 100): " in line and WARNS[mode] in line
     assert len(process.lines("delivering again after")) == 1
     assert process.lines("Traceback|ERROR|CRITICAL") == []
-
-
-@pytest.mark.parametrize("mode", REFUSES)
-def test_refusals(mode: str, outcomes: dict[str, Outcome]) -> None:
-    one = outcomes[mode]
-    assert one.counters["refused"] == len(one.process.lines("refused for good")) >= 5
-    assert one.counters["sampled"] == one.counters["delivered"] + one.counters["refused"]
-    assert len(one.stored) == one.counters["delivered"]
 
 
 @pytest.mark.parametrize("mode", TAKES)
@@ -320,7 +314,7 @@ def test_retry_after_is_kept_to(outcomes: dict[str, Outcome]) -> None:
 
 
 def test_every_mode_is_covered() -> None:
-    assert {*WARNS, *REFUSES, *TAKES} == set(MODES) - ELSEWHERE
+    assert {*WARNS, *TAKES} == set(MODES) - ELSEWHERE
     assert set(ANSWERS) <= set(MODES)
 
 
@@ -332,7 +326,7 @@ def test_a_poison_sample_does_not_block_the_others(
     dashboard.fault = "500"
     failed = eventually(lambda: [p.body["timestamp"] for p in dashboard.posts if p.status == 500])
     dashboard.poison, dashboard.fault = failed[0], "poison"
-    eventually(lambda: process.lines("refused for good .1 so far.: answered 500"))
+    eventually(lambda: process.lines("refused 1 samples for good .*: answered 500"))
     assert process.stop() == 0
     counters = process.counters()
     assert (counters["refused"], counters["waiting"], counters["dropped"]) == (1, 0, 0)

@@ -15,7 +15,7 @@ from dashboard import Dashboard
 CRASHING = """
 import dataclasses, os, sys
 import tinomail_agent as a
-a.PRIME_S, a.SENDER_WAKE_S = 0.1, 0.2
+a.PRIME_S, a.CRASH_PAUSE_S, a.HANG_AFTER_S = 0.1, 0.2, 0.5
 owner, name = getattr(a, sys.argv[1]), sys.argv[2]
 left, real = int(sys.argv[3]), getattr(owner, name)
 
@@ -34,7 +34,7 @@ sys.exit(a.Agent(config, os.environ).run())
 """
 # In each thread, what its loop calls, and what it says.
 THREADS = {
-    "collector": ("Collector", "collect", "a sample could not be taken"),
+    "collector": ("Collector", "collect", "taking a sample failed"),
     "sender": ("Sender", "step", "the sender failed"),
 }
 every_thread = pytest.mark.parametrize("thread", THREADS)

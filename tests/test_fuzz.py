@@ -176,7 +176,7 @@ def test_answers(caplog: pytest.LogCaptureFixture) -> None:
                 answer = transport.post(request, 5)
                 verdict = agent.judge(answer, KEY)
                 fates[verdict.outcome] += 1
-                shown = f"{verdict} {agent.excerpt(answer.body, KEY)}"
+                shown = f"{verdict} {agent.printable(answer.body.decode('utf-8', 'replace'), KEY)}"
                 assert shown.isprintable() and len(shown) < 1000
                 assert KEY not in shown
                 assert 0 <= agent.retry_after_s(answer, 1.8e9) <= agent.RETRY_AFTER_LIMIT_S
@@ -186,7 +186,7 @@ def test_answers(caplog: pytest.LogCaptureFixture) -> None:
                 assert confirmed is None or len(confirmed) <= 255
     finally:
         server.close()
-        transport.close()
+        transport.disconnect()
     assert min(fates[outcome] for outcome in (agent.Outcome.DELIVERED, agent.Outcome.RETRY,
                                         agent.Outcome.KEPT, agent.Outcome.REFUSED)) > 50, fates
 

@@ -7,10 +7,13 @@ same with real processes and a real server.
 from __future__ import annotations
 
 import gzip
+import itertools
 import json
 import logging
 import math
+import random
 from collections.abc import Callable
+from email.utils import formatdate
 from typing import Any
 
 import pytest
@@ -26,6 +29,7 @@ BEAT_S = 15.0
 OK = Answer(201, body=b'{"success": true}')
 REGISTERED = Answer(201, body=b'{"success": true, "data": {"id": "mta-01"}}')
 REFUSAL = b'{"error": "validation failed"}'
+UNKNOWN = Answer(404, body=b'{"error": "unknown node"}')
 NO_ANSWER = Answer(0, "connection refused")
 
 
@@ -80,7 +84,7 @@ class Site:
         self.posts.append((self.clock.elapsed, body["timestamp"]))
         self.ids.append(body["node_id" if self.api == "v1" else "nodeId"])
         answer = self.answer(request)
-        if answer is OK:
+        if answer in (OK, REGISTERED):
             self.delivered.append(body["timestamp"])
         return answer
 
@@ -176,12 +180,12 @@ def test_down_at_the_start(site: Site, caplog: pytest.LogCaptureFixture) -> None
     site.registration = lambda: NO_ANSWER
     site.beat(5)
     assert (site.posts, site.counters.waiting) == ([], 5)
-    assert len(site.nodes) == 5  # one attempt per heartbeat
+    assert len(site.nodes) == 8  # three retries, then one attempt per heartbeat
     site.registration = lambda: REGISTERED
     site.beat()
     assert site.delivered == stamps(6, 1, 2, 3, 4, 5)  # the newest, then the oldest first
     assert said(caplog) == [
-        "not delivered (up to 100 samples are kept): registration: connection refused",
+        "cannot deliver samples (keeping up to 100): registration: connection refused",
         "registered as mta-01 (role haraka, address 10.0.0.1)",
         "delivering again after 75 s, 5 waiting",
     ]
@@ -211,7 +215,7 @@ def test_a_long_outage_keeps_the_newest(site: Site, caplog: pytest.LogCaptureFix
         1, *range(33, 143)
     )
     assert said(caplog) == [
-        "not delivered (up to 100 samples are kept): connection refused",
+        "cannot deliver samples (keeping up to 100): connection refused",
         "delivering again after 1950 s, 99 waiting, 31 dropped (BUFFER_SIZE=100 was too small)",
     ]
 
@@ -298,9 +302,16 @@ def test_answers_that_are_tried_again(status: int, site: Site) -> None:
         (Answer(403), "answered 403: the dashboard forbids it"),
         (Answer(403, body=b'{"error":{"code":"BLOCKED"}}'), "answered 403: the dashboard "),
         (Answer(301, location="https://x.example/"), "a redirect: correct DASHBOARD_URL: https://x"),
-        (Answer(200, body=b"<html>"), "a web page answered; DASHBOARD_URL"),
-        (Answer(200, body=b'{"success":false}'), 'answered 200 without success: {"success":false}'),
-        (Answer(410, body=b"gone"), "answered 410: gone"),
+        (Answer(200, body=b"<html>"), "answered 200: this is not the dashboard's answer"),
+        (Answer(200), "answered 200: this is not the dashboard's answer"),
+        (Answer(201, body=b"ok", server="Caddy"), "201 (Server: Caddy): this is not the dashboard"),
+        (Answer(200, body=b'{"success":false}'), "answered 200, but reports a failure"),
+        (Answer(200, body=b'{"errors":["x"],"message":"no"}'), "200, but reports a failure: no"),
+        (Answer(410, body=b'{"message": "gone"}'), "answered 410: gone"),
+        (Answer(400, body=b"<html>", server="nginx"), "400 (Server: nginx): this is not the dash"),
+        (Answer(404, body=b"<html>"), "answered 404: "),
+        (Answer(409, body=b"<html>"), "answered 409: this is not the dashboard's answer"),
+        (Answer(422, body=b"[]"), "answered 422: this is not the dashboard's answer"),
     ],
 )
 def test_answers_that_keep_the_sample(
@@ -321,7 +332,7 @@ def test_answers_that_keep_the_sample(
 
 
 def test_409_is_delivered(site: Site) -> None:
-    site.answer = lambda request: Answer(409)
+    site.answer = lambda request: Answer(409, body=b"{}")
     site.beat(3)
     assert site.counters == agent.Counters(3, 3, 0, 0, 0)
 
@@ -329,7 +340,7 @@ def test_409_is_delivered(site: Site) -> None:
 @v1_only
 def test_an_unknown_node_registers_and_tries_once_more(site: Site) -> None:
     site.beat()
-    answers = iter([Answer(404), OK])
+    answers = iter([UNKNOWN, OK])
     site.answer = lambda request: next(answers)
     site.beat()
     assert (site.posted(), len(site.nodes)) == (stamps(1, 2, 2), 2)
@@ -338,80 +349,123 @@ def test_an_unknown_node_registers_and_tries_once_more(site: Site) -> None:
 
 def test_404_for_ever_is_kept(site: Site, caplog: pytest.LogCaptureFixture) -> None:
     site.beat()
-    site.answer = lambda request: Answer(404)
+    site.answer = lambda request: UNKNOWN
     site.beat(3)
     # tinomail-monitor takes samples of unknown nodes: a 404 never asks for a registration
-    assert site.posted() == stamps(*([1, 2, 2, 3, 3, 4, 4] if site.api == "v1" else [1, 2, 3, 4]))
+    assert site.posted() == stamps(*([1, 2, 2, 3, 4] if site.api == "v1" else [1, 2, 3, 4]))
+    assert len(site.nodes) == (2 if site.api == "v1" else 1)
     assert site.counters.waiting == 3
     [line] = said(caplog, logging.WARNING)
     assert "answered 404: no such address" in line
     assert len([line for line in said(caplog) if "registered" in line]) == 1
+    site.beat(20)  # 300 s
+    assert len(site.nodes) == (3 if site.api == "v1" else 1)
 
 
 @v1_only
 def test_404_and_a_registration_that_fails(site: Site) -> None:
     site.beat()
-    site.answer, site.registration = (lambda request: Answer(404)), (lambda: Answer(500))
+    site.answer, site.registration = (lambda request: UNKNOWN), (lambda: Answer(500))
     site.beat(3)
-    assert len(site.nodes) == 4  # one attempt per heartbeat
+    # a try and three retries, then one attempt per heartbeat
+    assert len(site.nodes) == 1 + 4 + 2
 
 
-@pytest.mark.parametrize("status", [400, 413, 415, 422])
-def test_a_sample_that_is_refused_while_others_are_taken(
+REFUSALS = [400, 413, 415, 422]
+
+
+@pytest.mark.parametrize("status", REFUSALS)
+def test_a_sample_that_the_dashboard_refuses_for_ever(
     status: int, site: Site, caplog: pytest.LogCaptureFixture
 ) -> None:
+    """Two refusals are a strike, if others get through; five strikes are the end of it."""
+    error = b'{"error": "bad field' + b"x" * 999 + b'"}'
     site.beat(2)
-    site.answer = lambda request: Answer(status, body=b'{"error": "bad field"}' + b"x" * 999)
-    site.beat()
-    assert site.counters == agent.Counters(3, 2, 1, 0, 0)
-    [line] = said(caplog, logging.WARNING)
+    site.answer = lambda request: (
+        Answer(status, body=error) if stamp_of(request) == "t3" else OK
+    )
+    site.beat(5)
+    assert site.posted().count("t3") == 2 * 5
+    assert site.counters == agent.Counters(7, 6, 1, 0, 0)
+    line = said(caplog, logging.WARNING)[-1]
     assert line.startswith(
-        f'a sample was refused for good (1 so far): answered {status}: {{"error": "bad field"}}x'
+        f"the dashboard refused 1 samples for good (1 since the start): answered {status}: bad fi"
     )
     assert len(line) < 300
+    assert set(site.delivered) == set(stamps(1, 2, 4, 5, 6, 7))
+    assert site.delivered == sorted(site.delivered)  # none is late for it
 
 
+@pytest.mark.parametrize("status", REFUSALS)
 def test_a_dashboard_that_refuses_everything_loses_nothing_but_by_the_ring(
-    site: Site, caplog: pytest.LogCaptureFixture
+    status: int, site: Site, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A proxy or a wrong URL answers 400 to all: it is not the samples that are wrong."""
+    site.beat()
     seen = 0
 
     def answer(request: agent.Request) -> Answer:
         nonlocal seen
         seen += 1
-        return Answer(400, body=f"request {seen} is bad".encode())
+        return Answer(status, body=b'{"error": "request %d is bad"}' % seen)
 
     site.answer = answer
     site.beat(130)
-    assert site.counters == agent.Counters(130, 0, 0, 30, 100)
+    assert site.counters == agent.Counters(131, 1, 0, 30, 100)
     assert len(said(caplog, logging.WARNING)) == 1
 
 
-def test_refusals_count_for_five_minutes_after_a_delivery(site: Site) -> None:
+@pytest.mark.parametrize("is_random", [False, True], ids=["round robin", "random"])
+def test_one_of_two_backends_refuses_everything(is_random: bool, site: Site) -> None:
+    dice, turn = random.Random(11), itertools.count()
+
+    def answer(request: agent.Request) -> Answer:
+        is_bad = dice.random() < 0.5 if is_random else next(turn) % 2
+        return Answer(422, body=REFUSAL) if is_bad else OK
+
     site.beat()
-    site.answer = lambda request: Answer(422)
-    site.beat(30)
-    assert site.counters == agent.Counters(31, 1, 20, 0, 10)
+    site.answer = answer
+    site.beat(200)
+    site.answer = lambda request: OK
+    site.beat(5)
+    assert site.counters.refused <= 2
+    assert site.counters.waiting == 0
 
 
-def test_a_poison_sample_is_set_aside(site: Site, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_poison_sample_is_given_up(site: Site, caplog: pytest.LogCaptureFixture) -> None:
     """The dashboard answers 500 to t3 for ever; the others get through."""
 
     def answer(request: agent.Request) -> Answer:
-        return Answer(500, body=b"boom") if stamp_of(request) == "t3" else OK
+        return Answer(500, body=b'{"error": "boom"}') if stamp_of(request) == "t3" else OK
 
     site.answer = answer
     site.beat(12)
     assert site.counters == agent.Counters(12, 11, 1, 0, 0)
-    # a try and three retries as the newest, then five times that behind one that was taken
-    assert site.posted().count("t3") == agent.TRIES * (1 + agent.REFUSALS_BY_5XX)
+    # five rounds of a try and three retries, each behind one that was taken
+    assert site.posted().count("t3") == agent.STRIKES * (1 + len(agent.BACKOFF_S))
     assert [line for line in said(caplog, logging.WARNING) if "refused" in line] == [
-        "a sample was refused for good (1 so far): answered 500: boom"
+        "the dashboard refused 1 samples for good (1 since the start): answered 500: boom"
     ]
 
 
+def test_refused_samples_make_a_line_an_hour(
+    site: Site, caplog: pytest.LogCaptureFixture
+) -> None:
+    def answer(request: agent.Request) -> Answer:
+        is_bad = int(stamp_of(request)[1:]) % 2
+        return Answer(422, body=REFUSAL) if is_bad else OK
+
+    site.beat()
+    site.answer = answer
+    site.beat(480)  # two hours
+    lines = [line for line in said(caplog, logging.WARNING) if "refused" in line]
+    assert len(lines) == 2
+    assert site.counters.refused > 200
+    numbers = [int(line.split()[3]) for line in lines]
+    assert numbers[0] == 1 and 100 < numbers[1] < 130
+
+
 @pytest.mark.parametrize("answer", [Answer(403), Answer(301), Answer(500), NO_ANSWER,
+                                    Answer(500, body=b'{"error": "boom"}'),
                                     Answer(200, body=b"<html>"), Answer(418)])
 def test_samples_that_are_not_taken_do_not_block_the_others(
     answer: Answer, site: Site, caplog: pytest.LogCaptureFixture
@@ -424,10 +478,10 @@ def test_samples_that_are_not_taken_do_not_block_the_others(
     site.answer = lambda request: answer if stamp_of(request) in held else OK
     site.beat(8)
     assert {f"t{seq}" for seq in range(1, 23)} - set(site.delivered) == held
-    assert any("samples that wait are not taken" in line for line in said(caplog))
+    assert any("cannot deliver an old sample" in line for line in said(caplog))
     site.beat(60)
-    # only a 5xx, again and again, is taken for the dashboard's last word
-    assert site.counters.refused == (3 if answer.status == 500 else 0)
+    # only the dashboard's own 5xx, again and again, is its word against a sample
+    assert site.counters.refused == (3 if answer.body == b'{"error": "boom"}' else 0)
     assert len(said(caplog)) < 10
 
 
@@ -443,26 +497,13 @@ def test_a_rate_limit_in_front_of_the_dashboard_is_no_verdict_on_samples(
 
     def answer(request: agent.Request) -> Answer:
         if site.clock.elapsed - taken_at[0] < 10:
-            return Answer(status)
+            return Answer(status, body=REFUSAL)
         taken_at[0] = site.clock.elapsed
         return OK
 
     site.answer = answer
     site.beat(60)
     assert site.counters.refused == site.counters.dropped == 0
-
-
-@pytest.mark.parametrize("before", [NO_ANSWER, Answer(429), Answer(503), Answer(408)])
-def test_one_500_after_other_troubles_is_not_a_verdict(before: Answer, site: Site) -> None:
-    """Only what says no to the sample itself counts, not the failures before it."""
-    one = sample(7)
-    for _ in range(agent.TRIES * agent.REFUSALS_BY_5XX + 5):
-        assert not site.sender._count_strike(one, agent.judge(before, KEY))
-    boom = agent.judge(Answer(500), KEY)
-    verdicts = [
-        site.sender._count_strike(one, boom) for _ in range(agent.TRIES * agent.REFUSALS_BY_5XX)
-    ]
-    assert verdicts == [False] * (len(verdicts) - 1) + [True]
 
 
 def test_a_dashboard_that_answers_only_every_third_request(site: Site) -> None:
@@ -474,12 +515,34 @@ def test_a_dashboard_that_answers_only_every_third_request(site: Site) -> None:
     def answer(request: agent.Request) -> Answer:
         nonlocal count
         count += 1
-        return OK if count % 3 == 0 else Answer(500)
+        return OK if count % 3 == 0 else Answer(500, body=REFUSAL)
 
     site.answer = answer
     site.beat(40)
     assert site.counters.refused == site.counters.dropped == 0
     assert site.counters.waiting < 3
+
+
+def test_a_connection_is_closed_after_every_attempt_that_failed(site: Site) -> None:
+    site.beat(3)
+    assert site.closed == 0
+    for number, answer in enumerate((Answer(401), Answer(422, body=REFUSAL), Answer(200))):
+        site.answer = lambda request, answer=answer: answer  # type: ignore[misc]
+        before = len(site.posts)
+        site.beat()
+        assert site.closed >= number + 1
+        assert site.closed - len(site.posts) <= 0 < len(site.posts) - before
+
+
+def test_a_damaged_sample_is_given_up(site: Site, caplog: pytest.LogCaptureFixture) -> None:
+    site.beat()
+    site.buffer.put(agent.Sample(2, "haraka", b"no zlib"))
+    site.seq = 2
+    site.run(site.clock.elapsed + BEAT_S)
+    site.beat(2)
+    assert site.counters == agent.Counters(4, 3, 1, 0, 0)
+    [line] = said(caplog, logging.WARNING)
+    assert "a saved sample is damaged" in line
 
 
 # --- Retry-After: kept to, and up to a heartbeat longer, by the node's own luck (here half of it)
@@ -531,10 +594,10 @@ def test_retry_after_of_a_registration(site: Site) -> None:
     ("answer", "says"),
     [
         (Answer(401), "registration: answered 401: the dashboard does not accept API_KEY"),
-        (Answer(500, body=b"x"), "registration: answered 500: x"),
-        (Answer(400, body=b"no"), "registration: answered 400: no"),
-        (Answer(200, body=b"<html>"), "registration: a web page answered"),
-        (NO_ANSWER, "registration: connection refused"),
+        (Answer(400, body=b'{"error":"no"}'), "registration: answered 400: no"),
+        (Answer(200, body=b"<html>"), "registration: answered 200: this is not the dashboard's"),
+        (OK, "registration: answered 201 without the id of the node: this is not the dashboard"),
+        (Answer(201), "registration: answered 201 without the id of the node"),
     ],
 )
 def test_samples_wait_for_the_first_registration(
@@ -545,7 +608,7 @@ def test_samples_wait_for_the_first_registration(
     assert (site.posts, len(site.nodes), site.counters.waiting) == ([], 4, 4)
     [line] = said(caplog)
     assert says in line
-    site.registration = lambda: Answer(409)
+    site.registration = lambda: Answer(409, body=b"{}")
     site.beat()
     assert site.counters.delivered == 5
 
@@ -557,10 +620,15 @@ def test_a_new_role_registers_again(site: Site) -> None:
     assert [node["role"] for node in site.nodes] == ["haraka", "wildduck"]
 
 
+def test_a_registration_is_tried_again_like_a_sample(site: Site) -> None:
+    answers = iter([NO_ANSWER, Answer(500), REGISTERED])
+    site.registration = lambda: next(answers)
+    site.beat()
+    assert (len(site.nodes), site.delivered) == (3, stamps(1))
+
+
 def test_a_new_address_registers_again(site: Site) -> None:
     site.beat(2)
-    site.ip = None  # no route for a moment: nothing is known
-    site.beat()
     site.ip = "10.0.0.2"
     site.beat(2)
     name = "ip" if site.api == "v1" else "ipAddress"
@@ -588,21 +656,17 @@ def test_samples_go_on_when_a_later_registration_fails(
     site.beat(5)
     assert site.counters.delivered == 6
     [line] = said(caplog, logging.WARNING)
-    assert line.startswith("cannot register again: registration: answered 500")
+    assert line.startswith("cannot register again: answered 500")
     site.registration = lambda: REGISTERED
     site.beat()
     assert site.sender._registered == ("wildduck", "10.0.0.1")
 
 
-def test_no_route_at_the_start(site: Site, caplog: pytest.LogCaptureFixture) -> None:
-    site.ip = None
-    site.beat(3)
-    assert (site.nodes, site.counters.waiting) == ([], 3)
-    [line] = said(caplog)
-    assert "no route to" in line
-
-
 # --- the clock of the node
+
+
+def http_date(epoch_s: float) -> str:
+    return formatdate(epoch_s, usegmt=True)
 
 
 def test_a_wrong_clock_is_said_once(site: Site, caplog: pytest.LogCaptureFixture) -> None:
@@ -611,13 +675,19 @@ def test_a_wrong_clock_is_said_once(site: Site, caplog: pytest.LogCaptureFixture
     site.beat(3)
     assert site.sender.clock_offset_s == pytest.approx(90 + 2 * BEAT_S, abs=1)
     [line] = said(caplog, logging.WARNING)
-    assert "clock is 90 s ahead of the dashboard's" in line
+    assert "clock is ahead of the dashboard's: is time synchronisation running?: 90 s" in line
+    site.answer = lambda request: Answer(201, date=http_date(site.clock.wall))
+    site.beat(agent.CLOCK_AGREES)
+    assert said(caplog)[-1] == "this node's clock agrees with the dashboard's again"
+    site.answer = lambda request: Answer(201, date=http_date(site.clock.wall - 90))
+    site.beat()
+    assert len(said(caplog, logging.WARNING)) == 2  # and again, the next time
 
 
 def test_two_dashboards_with_clocks_of_their_own(
     site: Site, caplog: pytest.LogCaptureFixture
 ) -> None:
-    dates = iter(["Sun, 15 Jun 2025 14:00:00 GMT", "Sun, 15 Jun 2025 15:06:40 GMT"] * 5)
+    dates = itertools.cycle(["Sun, 15 Jun 2025 14:00:00 GMT", "Sun, 15 Jun 2025 15:06:40 GMT"])
     site.answer = lambda request: Answer(201, date=next(dates))
     site.beat(10)
     assert len(said(caplog, logging.WARNING)) == 1
@@ -642,7 +712,7 @@ def test_flush_delivers_what_waits(site: Site) -> None:
     site.answer = lambda request: NO_ANSWER
     site.beat(4)
     site.answer = lambda request: OK
-    site.sender.flush(4.5)
+    site.sender.flush()
     assert site.delivered == stamps(1, 5, 4, 3, 2)
 
 
@@ -651,21 +721,28 @@ def test_flush_ends_with_the_first_failure(site: Site) -> None:
     site.answer = lambda request: NO_ANSWER
     site.beat(4)
     site.posts.clear()
-    site.sender.flush(4.5)
+    site.sender.flush()
     assert (len(site.posts), site.counters.waiting) == (1, 4)
 
 
-def test_flush_ends_with_the_time(site: Site) -> None:
+@pytest.mark.parametrize("took_s", [0.1, 1.0, 2.5])
+def test_no_post_begins_that_would_not_end_before_the_stop(took_s: float, site: Site) -> None:
     site.beat()
     site.answer = lambda request: NO_ANSWER
-    site.beat(9)
-    site.answer, site.duration_s = (lambda request: OK), 1.0
-    site.sender.flush(4.5)
-    assert site.counters == agent.Counters(10, 6, 0, 0, 4)
+    site.beat(99)
+    site.answer = lambda request: OK
+    site.duration_s = took_s
+    site.beat()
+    before = len(site.delivered)
+    site.sender.stop_by = site.clock.elapsed + 5.0
+    assert site.sender.step() == math.inf or site.clock.elapsed < site.sender.stop_by
+    site.sender.flush()
+    assert site.clock.elapsed <= site.sender.stop_by
+    assert len(site.delivered) - before >= int(4 / took_s) - 2
 
 
 def test_a_success_with_retry_after_is_no_reason_to_wait(site: Site) -> None:
-    site.answer = lambda request: Answer(200, retry_after="120")
+    site.answer = lambda request: Answer(200, body=b"{}", retry_after="120")
     site.beat(4)
     assert site.counters.delivered == 4
     site.answer = lambda request: Answer(401, retry_after="120")
@@ -676,6 +753,7 @@ def test_a_success_with_retry_after_is_no_reason_to_wait(site: Site) -> None:
 def test_a_dashboard_that_is_too_slow_is_said(
     api: str, caplog: pytest.LogCaptureFixture
 ) -> None:
+    caplog.set_level(logging.INFO)
     site = Site(api, buffer_size=10)
     site.duration_s = 0.9 * BEAT_S
     answers = iter([NO_ANSWER] * 12)
@@ -686,7 +764,13 @@ def test_a_dashboard_that_is_too_slow_is_said(
         site.buffer.put(sample(site.seq))
         site.sender.step()
     assert site.counters.dropped > 10
-    assert len([line for line in said(caplog, logging.WARNING) if "dropped" in line]) >= 1
+    assert [line for line in said(caplog, logging.WARNING) if "too slow" in line] == [
+        "the dashboard is too slow: samples are dropped (BUFFER_SIZE=10)"
+    ]
+    dropped = site.counters.dropped
+    site.duration_s = 0.0
+    site.beat(5)
+    assert said(caplog)[-1] == f"the dashboard is fast enough again ({dropped} dropped so far)"
 
 
 def test_flush_leaves_a_dashboard_alone_that_asked_for_it(site: Site) -> None:
@@ -694,7 +778,7 @@ def test_flush_leaves_a_dashboard_alone_that_asked_for_it(site: Site) -> None:
     site.answer = lambda request: Answer(429, retry_after="300")
     site.beat()
     site.posts.clear()
-    site.sender.flush(4.5)
+    site.sender.flush()
     assert site.posts == []
 
 
@@ -713,14 +797,15 @@ def test_the_ring_never_drops_what_is_being_posted() -> None:
     buffer = Buffer(10)
     for seq in range(1, 11):
         buffer.put(sample(seq))
-    oldest = buffer.take_oldest()
+    oldest = buffer.oldest()
     assert oldest and oldest.seq == 1
+    buffer.begin_post(oldest)
     for seq in range(11, 16):
         buffer.put(sample(seq))
     assert buffer.counters() == agent.Counters(15, 0, 0, 5, 10)
-    buffer.settle(delivered=True)
+    buffer.settle(oldest, delivered=True)
     assert buffer.counters() == agent.Counters(15, 1, 0, 5, 9)
-    following = buffer.take_oldest()
+    following = buffer.oldest()
     assert following and following.seq == 7
 
 
@@ -731,8 +816,9 @@ def test_a_full_buffer_is_small() -> None:
 
 
 ANSWERS = st.sampled_from([
-    OK, NO_ANSWER, Answer(400), Answer(401), Answer(404), Answer(409), Answer(422), Answer(429),
-    Answer(429, retry_after="30"), Answer(500), Answer(301), Answer(200, body=b"<html>"),
+    OK, NO_ANSWER, Answer(401), UNKNOWN, Answer(404), Answer(409), Answer(422, body=REFUSAL),
+    Answer(422), Answer(429), Answer(429, retry_after="30"), Answer(500, body=REFUSAL),
+    Answer(500), Answer(301), Answer(200, body=b"<html>"), REGISTERED,
 ])
 
 
@@ -753,9 +839,9 @@ def test_the_equation_holds_whatever_is_answered(
         site.registration = lambda registration=registration: registration  # type: ignore[misc]
         site.beat()
         assert site.counters.waiting <= 10
-    site.answer, site.registration = (lambda request: OK), (lambda: OK)
-    site.beat(25)
+    site.answer, site.registration = (lambda request: OK), (lambda: REGISTERED)
+    site.beat(40)
     assert site.counters.waiting == 0
     assert len(set(site.delivered)) == len(site.delivered)
-    assert site.sender._next_try == math.inf
+    assert site.sender.step() == math.inf
     assert KEY not in site.sender.status()

@@ -990,7 +990,7 @@ def test_an_outage_in_hard_times_loses_no_sample(slow: dict[str, Future[Box]]) -
     assert len(taken) >= 20
     eventually(lambda: taken <= set(stored()), 60, "all that was taken", 1)
     log = box.journal()
-    for killer in ("Watchdog timeout", "status=9/KILL", "samples of before that wait"):
+    for killer in ("Watchdog timeout", "status=9/KILL", "undelivered samples from the last run"):
         assert killer in log
     assert box.sh("ls /var/lib/private/tinomail-agent/buffer") == ""
     assert "Traceback" not in log

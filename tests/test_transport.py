@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import math
 import os
 import re
 import socket
@@ -16,10 +17,9 @@ from collections.abc import Iterator
 from datetime import datetime, timedelta, timezone
 from email.utils import format_datetime
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import pytest
-import responses
 import trustme
 from conftest import KEY, ROOT, v1_only
 from dashboard import ANSWERS, RAW, Dashboard
@@ -49,7 +49,7 @@ def key_of(headers: dict[str, str]) -> str | None:
 def test_an_honest_answer(dashboard: Dashboard) -> None:
     answer = post(dashboard)
     assert (answer.status, agent.confirmed_id(answer.body)) == (201, "mta-01")
-    assert answer.date and answer.content_type == "application/json"
+    assert answer.date and answer.server
     [got] = dashboard.posts
     assert key_of(got.headers) == KEY
     assert got.headers["User-Agent"] == f"tinomail-agent/{agent.VERSION}"
@@ -117,6 +117,7 @@ def test_at_most_64_kib_of_an_answer_are_read(dashboard: Dashboard) -> None:
         (b"SSH-2.0-OpenSSH_9.2\r\n", "not HTTP"),
         (b"220 mail.example.com ESMTP\r\n", "not HTTP"),
         (b"", "closed before"),
+        (b"HTTP/1.1 201 Created\r\nDate: x\r\n", "closed before"),
         (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n", "closed before"),
     ],
 )
@@ -212,9 +213,8 @@ def test_a_server_that_goes_away_is_asked_once(dashboard: Dashboard) -> None:
     assert transport.post(REQUESTS[dashboard.api], LIMIT_S).reason == "connection refused"
 
 
-def test_interim_answers_are_skipped() -> None:
-    early = b"HTTP/1.1 103 Early Hints\r\nLink: </a>\r\n\r\nHTTP/1.1 100 Continue\r\n\r\n"
-    url, _ = serve_raw(early + TAKEN)
+def test_100_continue_is_skipped() -> None:
+    url, _ = serve_raw(b"HTTP/1.1 100 Continue\r\n\r\n" * 2 + TAKEN)
     assert agent.Transport(url).post(REQUEST, 3.0).status == 200
 
 
@@ -241,35 +241,100 @@ def test_a_name_that_cannot_be_resolved(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(socket, "getaddrinfo", fail)
     transport = agent.Transport("https://nowhere.invalid")
     assert "cannot be resolved" in transport.post(REQUEST, LIMIT_S).reason
-    assert transport.source_ip() is None
+    assert transport.route_ip() == ""
+    assert transport.deadline != math.inf  # and no name look-up is under way
+
+
+def names(monkeypatch: pytest.MonkeyPatch, *addresses: Any, pause_s: float = 0) -> None:
+    """Let every name stand for these addresses."""
+
+    def look_up(host: str, port: int, **_: object) -> object:
+        time.sleep(pause_s)
+        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", address) for address in addresses]
+
+    monkeypatch.setattr(socket, "getaddrinfo", look_up)
 
 
 def test_name_resolution_is_outside_the_deadline(
     dashboard: Dashboard, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = agent.resolve
-
-    def slow(host: str, port: int) -> object:
-        time.sleep(LIMIT_S + 0.3)
-        return real(host, port)
-
-    monkeypatch.setattr(agent, "resolve", slow)
+    names(monkeypatch, dashboard.server_address, pause_s=LIMIT_S + 0.3)
     assert post(dashboard).status == 201
 
 
-def test_the_next_address_gets_its_share_of_the_time(
+def test_a_dead_address_costs_its_share_of_the_time_once(
     dashboard: Dashboard, deaf_port: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A name with a dead address first: the deadline is shared, not spent on it."""
-    addresses = [(socket.AF_INET, ("127.0.0.1", deaf_port)),
-                 (socket.AF_INET, dashboard.server_address)]
-    monkeypatch.setattr(agent, "resolve", lambda host, port: addresses)
-    assert post(dashboard).status == 201
+    """A name with a dead address first: it is tried last as soon as the other one answered."""
+    names(monkeypatch, ("127.0.0.1", deaf_port), dashboard.server_address)
+    transport = agent.Transport(dashboard.url)
+    assert transport.post(REQUESTS[dashboard.api], LIMIT_S).status == 201
+    transport.keep()
+    dashboard.drop_connections()
+    assert transport.post(REQUESTS[dashboard.api], LIMIT_S).took_s < LIMIT_S / 2
 
 
-def test_source_ip(dashboard: Dashboard) -> None:
-    assert agent.Transport(dashboard.url).source_ip() == "127.0.0.1"
-    assert agent.source_ip(("::1", 80, 0, 0)) == "::1"
+def test_an_address_that_fails_is_tried_last(
+    dashboard: Dashboard, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Dashboard(KEY, api=dashboard.api) as other:
+        other.fault = "503"
+        names(monkeypatch, other.server_address, dashboard.server_address)
+        transport = agent.Transport(dashboard.url)
+        assert transport.post(REQUESTS[dashboard.api], LIMIT_S).status == 503
+        transport.disconnect()
+        for _ in range(3):
+            assert transport.post(REQUESTS[dashboard.api], LIMIT_S).status == 201
+            transport.keep()
+
+
+def test_a_connection_is_closed_after_an_hour(
+    dashboard: Dashboard, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    transport = agent.Transport(dashboard.url)
+    request = REQUESTS[dashboard.api]
+    assert transport.post(request, LIMIT_S).status == 201
+    monkeypatch.setattr(agent, "CONNECTION_LIMIT_S", 0.2)
+    time.sleep(0.3)
+    assert transport.post(request, LIMIT_S).status == 201
+    assert dashboard.connections == 2
+
+
+def test_the_deadline_is_longer_after_an_attempt_that_ran_out_of_time(
+    dashboard: Dashboard, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(agent, "REQUEST_DEADLINE_S", 0.5)
+    monkeypatch.setattr(agent, "SLOW_DEADLINE_S", 60.0)
+    transport = agent.Transport(dashboard.url)
+    request = REQUESTS[dashboard.api]
+    dashboard.delay_s = 0.8
+    assert transport.post(request).status == 0
+    assert transport.post(request).status == 201
+    assert transport.post(request).status == 201  # as slow as before: as much time as before
+    dashboard.delay_s = 0.0
+    assert transport.post(request).status == 201
+    dashboard.delay_s = 0.8
+    assert transport.post(request).status == 0
+
+
+def test_no_thread_is_left_by_a_post(dashboard: Dashboard) -> None:
+    before = threading.active_count()
+    transport = agent.Transport(dashboard.url)
+    for _ in range(20):
+        transport.post(REQUESTS[dashboard.api], 30.0)
+    for _ in range(100):
+        if threading.active_count() <= before + 1:  # the stand-in's, for the connection
+            return
+        time.sleep(0.1)
+    raise AssertionError(threading.enumerate())
+
+
+def test_the_address_on_the_way_to_the_dashboard(dashboard: Dashboard) -> None:
+    transport = agent.Transport(dashboard.url)
+    assert (transport.local_ip, transport.route_ip()) == (None, "127.0.0.1")
+    transport.post(REQUESTS[dashboard.api], LIMIT_S)
+    assert transport.local_ip == "127.0.0.1"
+    assert agent.Transport("http://[::1]:80").route_ip() == "::1"
 
 
 # --- TLS
@@ -401,15 +466,8 @@ def test_the_system_store_is_the_default() -> None:
 # --- what an answer means
 
 
-@responses.activate
-def judged(
-    status: int, body: str = "{}", content_type: str = "application/json", api: str = "v1"
-) -> agent.Verdict:
-    url = "https://monitor.example.com"
-    responses.add(responses.POST, f"{url}/api/v1/nodes", body=body, status=status,
-                  content_type=content_type)
-    answer = agent.Transport(url).post(REQUESTS[api])
-    return agent.judge(answer, KEY, agent.DIALECTS[api].hints)
+def judged(status: int, body: str = "{}", api: str = "v1") -> agent.Verdict:
+    return agent.judge(Answer(status, body=body.encode()), KEY, agent.DIALECTS[api].hints)
 
 
 EXPECTED = {
@@ -427,33 +485,55 @@ def test_the_table_of_answers(status: int, outcome: Outcome, api: str) -> None:
         outcome = Outcome.KEPT
     verdict = judged(status, "" if status == 204 else "{}", api=api)
     assert verdict.outcome is outcome
+    if outcome is Outcome.REGISTER or status in (400, 409, 413, 415, 422):
+        assert judged(status, "<html>", api).outcome is Outcome.KEPT
+    elif not 200 <= status < 300:
+        assert judged(status, "<html>", api).outcome is outcome
     if outcome is not Outcome.DELIVERED:
         assert verdict.problem.startswith(f"answered {status}")
 
 
-@pytest.mark.parametrize(("status", "body"), [(204, ""), (200, ""), (200, '{"success": true}')])
-def test_a_careless_content_type_is_no_web_page(status: int, body: str) -> None:
-    assert judged(status, body, "text/html; charset=utf-8").outcome is Outcome.DELIVERED
+@pytest.mark.parametrize(
+    ("status", "body", "delivered"),
+    [
+        (201, "", True), (202, "", True), (204, "", True), (200, "", False), (206, "", False),
+        (200, '{"success": true}', True), (200, "{}", True), (200, '{"status": "stored"}', True),
+        (200, '{"data": {"success": false}}', True), (200, '{"error": null}', True),
+        (200, '{"errors": []}', True), (200, '{"statusCode": 201}', True),
+        (201, '{"success": false, "error": "no"}', False), (200, '{"success": "false"}', False),
+        (200, '{"ok": false}', False), (200, '{"ok": "False"}', False), (200, '{"ok": 0}', False),
+        (200, '{"error": "unauthorized"}', False), (200, '{"errors": ["x"]}', False),
+        (200, '{"status": "error"}', False), (200, '{"status": "FAIL"}', False),
+        (200, '{"statusCode": 500}', False), (200, '{"statusCode": "404"}', False),
+        (200, "null", False), (200, "[]", False), (201, "ok", False), (200, "{", False),
+        (200, "<html></html>", False), (200, "Welcome", False), (200, "[" * 5000, False),
+        (204, "\ufeff\n <!DOCTYPE HTML><title>Login", False), (200, '"ok"', False),
+    ],
+)
+def test_a_success_is_the_dashboards_own_or_none(status: int, body: str, delivered: bool) -> None:
+    verdict = judged(status, body)
+    assert verdict.outcome is (Outcome.DELIVERED if delivered else Outcome.KEPT)
+    assert delivered or verdict.problem.startswith(f"answered {status}")
 
 
 @pytest.mark.parametrize(
-    ("body", "content_type"),
-    [("<html></html>", "text/plain"), ("Welcome", "text/html; charset=utf-8"),
-     ("\ufeff\n <!DOCTYPE HTML><title>Login", "application/json"), ("x", "application/xhtml+xml")],
+    ("status", "body", "is_own"),
+    [(500, '{"error": "boom"}', True), (599, "{}", True), (500, "<html>", False), (500, "", False),
+     (502, "{}", False), (503, "{}", False), (504, "{}", False), (429, "{}", False)],
 )
-def test_a_web_page_is_no_delivery(body: str, content_type: str) -> None:
-    verdict = judged(200, body, content_type)
-    assert verdict.outcome is Outcome.KEPT and "web page" in verdict.problem
+def test_an_error_of_the_dashboards_own(status: int, body: str, is_own: bool) -> None:
+    assert judged(status, body).is_own_error is is_own
 
 
-@pytest.mark.parametrize(
-    ("body", "delivered"),
-    [('{"success": false, "error": "no"}', False), ('{"success": true}', True), ("", True),
-     ("null", True), ("[]", True), ("{", True), ('{"success": "false"}', True),
-     ('{"data": {"success": false}}', True), ("[" * 5000, True)],
-)
-def test_success_false(body: str, delivered: bool) -> None:
-    assert (judged(200, body).outcome is Outcome.DELIVERED) is delivered
+def test_what_answered_is_named() -> None:
+    proxy = Answer(502, body=b"<html>", server="nginx/1.22.1 " + "x" * 99)
+    assert str(agent.judge(proxy, KEY)) == f"answered 502 (Server: {proxy.server[:60]})"
+    dashboard = Answer(403, body=b'{"error": {"code": "BLOCKED", "message": "no"}}')
+    assert "look there for a blocked key or node" in str(agent.judge(dashboard, KEY))
+    dashboard = Answer(422, body=b'{"error": {"code": "BAD"}}')
+    assert str(agent.judge(dashboard, KEY)) == "answered 422: BAD"
+    away = Answer(302, location="https://right.example.com/" + "y" * 99)
+    assert str(agent.judge(away, KEY)).endswith(f"correct DASHBOARD_URL: {away.location[:60]}")
 
 
 @pytest.mark.parametrize(
@@ -479,6 +559,7 @@ def test_no_answer_breaks_the_judge(
     body: bytes, status: int, content_type: str, header: str
 ) -> None:
     answer = Answer(status, "", body, content_type, header, header, header)
+    agent.judge_registration(answer, KEY)
     for dialect in agent.DIALECTS.values():
         verdict = agent.judge(answer, KEY, dialect.hints)
         assert isinstance(verdict.outcome, Outcome)
@@ -487,12 +568,34 @@ def test_no_answer_breaks_the_judge(
     agent.confirmed_id(body)
 
 
-def test_an_excerpt_is_one_short_line_without_the_key() -> None:
-    text = f"key {KEY} json {json.dumps(KEY)} \x1b[31m\r\nnext".encode() + b"\xff" * 300
-    shown = agent.excerpt(text, KEY)
+def test_what_is_logged_of_an_answer_is_one_short_line_without_the_key() -> None:
+    text = f"key {KEY} \x1b[31m\r\nnext" + "\ufffd\u2028" * 300
+    shown = agent.printable(text, KEY)
     assert len(shown) == agent.EXCERPT_CHARS and shown.isprintable()
-    assert KEY not in shown and shown.startswith("key *** json \"***\" ?[31m??next")
-    assert agent.excerpt(b"", KEY) == "(empty)"
+    assert shown.startswith("key *** ?[31m??next")
+    assert agent.printable("", KEY) == ""
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("abcdefghij", "***"), ("x abcdefghij y", "x *** y"), ("cdefgh", "***"), ("abcde", "abcde"),
+        ("abcdefX", "***X"), ("abcdefabcdef", "***"), ("bcdefg, fghij", "***, fghij"), ("", ""),
+    ],
+)
+def test_pieces_of_the_key_are_hidden(text: str, shown: str) -> None:
+    assert agent.mask(text, "abcdefghij") == shown
+
+
+def test_a_short_key_is_hidden_as_a_whole() -> None:
+    assert agent.mask("the key is abc, not ab", "abc") == "the key is ***, not ab"
+    assert agent.mask("no key", "") == "no key"
+
+
+@given(st.text("ab$1", min_size=6, max_size=30), st.text(max_size=20), st.text(max_size=20))
+def test_no_six_characters_of_the_key_are_shown(key: str, before: str, after: str) -> None:
+    shown = agent.mask(before + key + after, key).replace("***", "\0")
+    assert not any(key[i : i + 6] in shown for i in range(len(key) - 5))
 
 
 NOW = datetime(2026, 11, 23, 12, 0, 0, tzinfo=timezone.utc)
@@ -520,6 +623,18 @@ def test_retry_after(retry_after: str, seconds: float) -> None:
 def test_retry_after_without_a_date_of_the_answer() -> None:
     answer = Answer(429, retry_after=http(NOW + timedelta(seconds=42)))
     assert agent.retry_after_s(answer, NOW.timestamp()) == 42
+
+
+@pytest.mark.parametrize("text", ["Sun, 06 Nov 1994 08:49:37 GMT", "Sunday, 06-Nov-94 08:49:37 GMT",
+                                  "Sun Nov  6 08:49:37 1994"])
+def test_each_format_of_a_date_is_utc(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TZ", "Asia/Ho_Chi_Minh")
+    time.tzset()
+    try:
+        assert agent.http_date(text) == 784111777
+    finally:
+        monkeypatch.undo()
+        time.tzset()
 
 
 def test_backoff() -> None:

@@ -1936,6 +1936,13 @@ class _BoundedResponse(http.client.HTTPResponse):
         finally:
             self.fp = self.fp and body  # None: there is no body
 
+    def _read_next_chunk_size(self) -> int:
+        """Refuse a negative size: http.client would read all that comes, without limit."""
+        size: int = super()._read_next_chunk_size()  # type: ignore[misc]
+        if size < 0:
+            raise http.client.HTTPException
+        return size
+
 
 class _BoundedLines:
     """The lines of an answer's head, until they are too many."""

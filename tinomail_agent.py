@@ -1772,13 +1772,11 @@ class Transport:
 
     def route_ip(self) -> str:
         """Return this machine's address on the way to the dashboard, "" without one."""
-        try:
+        with contextlib.suppress(OSError, UnicodeError):  # the post will say why
             for family, address in self._look_up(*self._host_and_port()):
-                with socket.socket(family, socket.SOCK_DGRAM) as sock:
+                with contextlib.suppress(OSError), socket.socket(family, socket.SOCK_DGRAM) as sock:
                     sock.connect(address)  # a datagram socket: nothing is sent
                     return str(sock.getsockname()[0])
-        except (OSError, UnicodeError):
-            pass  # the post will say why
         return ""
 
     def dial(self, connection: Any) -> socket.socket:

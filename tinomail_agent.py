@@ -614,9 +614,10 @@ class Buffer:
         self._sync()
 
     def _sync(self) -> None:
-        is_due = self._stale_files or self._unsaved or self._worker.hanging()
-        if self._state and (is_due or not self._is_loaded):
-            self._worker.run({STATE_DIRECTORY: self._write_files})
+        for _ in range(2):  # a worker that was just done is not seen by whoever found it busy
+            is_due = self._stale_files or self._unsaved or self._worker.hanging()
+            if self._state and (is_due or not self._is_loaded):
+                self._worker.run({STATE_DIRECTORY: self._write_files})
 
     def _write_files(self) -> None:
         """Load, write and remove what is due; runs in the worker, one call at a time."""

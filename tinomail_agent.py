@@ -784,7 +784,8 @@ class Sender:
             return self._quiet_until - now
         if newest.seq > self._heartbeat_seq:
             if self._retry and self._retry.seq != self._heartbeat_seq:
-                self._failures = 0  # those were of an old sample
+                self._failures = 0  # those were of an old sample; the others come before it now
+                self._strikes.setdefault(self._retry.seq, Strikes(0, self._deliveries))
             self._heartbeat_seq = newest.seq
             self._attempt(newest)
         elif self._retry and self._buffer.get(self._retry.seq):

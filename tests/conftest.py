@@ -114,7 +114,7 @@ import dataclasses, os, sys
 import tinomail_agent as a
 a.BACKOFF_S = (0.1, 0.2, 0.4)
 a.PRIME_S = 0.1
-a.REQUEST_DEADLINE_S, a.SLOW_DEADLINE_S = 0.5, 1.5
+a.REQUEST_DEADLINE_S, a.SLOW_DEADLINE_S, a.SAVE_AFTER_S = 0.5, 1.5, 0.1
 config = a.load_config(os.environ, os.devnull)
 a.set_up_logging(config.log_level, config.api_key, os.environ)
 config = dataclasses.replace(config, heartbeat_interval=int(sys.argv[1]))

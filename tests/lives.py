@@ -23,13 +23,12 @@ from typing import Any
 
 import tinomail_agent as agent
 
-DEADLINE_S = 0.5
-
 
 def make_fast() -> None:
     agent.BACKOFF_S = (0.1, 0.2, 0.4)
     agent.PRIME_S = 0.02
-    agent.REQUEST_DEADLINE_S, agent.SLOW_DEADLINE_S = DEADLINE_S, 3 * DEADLINE_S
+    agent.REQUEST_DEADLINE_S, agent.SLOW_DEADLINE_S = 0.5, 1.5
+    agent.SAVE_AFTER_S = 0.1
 
 
 def make_clock_wrong(path: str) -> None:

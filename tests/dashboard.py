@@ -437,6 +437,7 @@ class Dashboard(ThreadingHTTPServer):
     daemon_threads = True
     block_on_close = False
     request_queue_size = 128
+    handler_class: type[Handler] = Handler
 
     def __init__(
         self,
@@ -561,7 +562,7 @@ class Dashboard(ThreadingHTTPServer):
             if self.tls:
                 request.settimeout(10)
                 wrapped = self.tls.wrap_socket(request, server_side=True)
-            Handler(wrapped, client_address, self)
+            self.handler_class(wrapped, client_address, self)
         except OSError:
             pass  # the client hung up, or refused our certificate
         finally:

@@ -727,7 +727,6 @@ class Sender:
         self._dropped_told = self._refused_told = 0
         self._refused_told_at = -math.inf
         self._refusal: Verdict | None = None  # the last one
-        self._registration_told = ""
         self._clock_agrees = 0
         self.clock_offset_s: int | None = None  # this node's clock minus the dashboard's
         self.crashes = 0
@@ -739,14 +738,13 @@ class Sender:
 
     def run(self) -> None:
         """Deliver until the buffer is closed, then what the time allows."""
-        self._guarded(self._load)
-        while not self._buffer.is_closed:
-            self._buffer.wait(self._guarded(self.step))
-        self._guarded(self.flush)
-
-    def _load(self) -> float:
         self._buffer.load()
-        return 0.0
+        while True:
+            is_closed = self._buffer.is_closed
+            pause = self._guarded(self.step)
+            if is_closed and pause > 0:
+                return
+            self._buffer.wait(0.0 if is_closed else pause)
 
     def _guarded(self, work: Callable[[], float]) -> float:
         """Run a piece of work; after a crash, pause. A crash is no progress."""
@@ -796,15 +794,6 @@ class Sender:
             self._attempt(oldest)
         else:
             return math.inf
-        return 0.0
-
-    def flush(self) -> float:
-        """Deliver what waits, newest first, until the first failure or the end of the time."""
-        is_open = self._clock() >= self._quiet_until and self._node_id is not None
-        while is_open and self._fits(self._clock()) and (newest := self._buffer.newest()):
-            verdict = self._post(newest)
-            is_open = verdict.outcome is Outcome.DELIVERED
-            self._buffer.settle(newest, delivered=is_open)
         return 0.0
 
     def _fits(self, now: float) -> bool:
@@ -938,7 +927,8 @@ class Sender:
             self._node_id = self._dialect.confirmed_id(answer.body) or self._own_id
             self._registered = (sample.role, ip)
             self._problems.end("registration")
-            self._report_registration()
+            shown = printable(self._node_id, self._config.api_key)
+            log.info("registered as %s (role %s, address %s)", shown, sample.role, ip)
         elif self._node_id is not None:  # samples go on under the id that was confirmed before
             self._register_after = max(self._quiet_until, self._clock())
             self._quiet_until = quiet_until
@@ -1030,14 +1020,6 @@ class Sender:
             logging.WARNING if lost else logging.INFO,
         )
         self._down_since = None
-
-    def _report_registration(self) -> None:
-        assert self._node_id and self._registered
-        shown = printable(self._node_id, self._config.api_key)
-        told = "registered as {} (role {}, address {})".format(shown, *self._registered)
-        if told != self._registration_told:
-            self._registration_told = told
-            log.info("%s", told)
 
     def _report_dropped(self) -> None:
         """Log what the full ring drops while the dashboard answers, but too slowly."""
@@ -1903,7 +1885,7 @@ class _Adapter(requests.adapters.HTTPAdapter):
     def init_poolmanager(self, *args: Any, **kwargs: Any) -> None:
         super().init_poolmanager(*args, **kwargs, ssl_context=self._context)
         dial = self._dial
-        ours = {"_new_conn": lambda self: dial(self), "response_class": _BoundedResponse}
+        ours = {"_new_conn": lambda self: dial(self), "response_class": _Response}
         http_class, https_class = (
             type("Connection", (base,), ours)
             for base in (urllib3.connection.HTTPConnection, urllib3.connection.HTTPSConnection)
@@ -1922,50 +1904,18 @@ class _Adapter(requests.adapters.HTTPAdapter):
         return resp
 
 
-class _BoundedResponse(http.client.HTTPResponse):
-    """http.client's response, but with at most ANSWER_LIMIT_BYTES of headers.
+# What http.client takes of an answer's head: by itself 100 lines of 64 KiB, which it parses into
+# five times as much.
+http.client._MAXLINE = 8 * 1024  # type: ignore[attr-defined]
 
-    It would read a hundred lines of 64 KiB, and parse them into five times as much.
-    """
 
-    def begin(self) -> None:
-        body: Any = self.fp
-        self.fp: Any = _BoundedLines(body)
-        try:
-            super().begin()
-        finally:
-            self.fp = self.fp and body  # None: there is no body
-
+class _Response(http.client.HTTPResponse):
     def _read_next_chunk_size(self) -> int:
         """Refuse a negative size: http.client would read all that comes, without limit."""
         size: int = super()._read_next_chunk_size()  # type: ignore[misc]
         if size < 0:
             raise http.client.HTTPException
         return size
-
-
-class _BoundedLines:
-    """The lines of an answer's head, until they are too many."""
-
-    def __init__(self, stream: Any) -> None:
-        self._stream = stream
-        self._left = ANSWER_LIMIT_BYTES
-
-    def readline(self, limit: int = -1) -> bytes:
-        line: bytes = self._stream.readline(min(limit, self._left))
-        self._left -= len(line)
-        if self._left <= 0:
-            raise HeadersTooLong
-        if not line and self._left < ANSWER_LIMIT_BYTES:  # http.client takes what it has
-            raise http.client.IncompleteRead(b"")
-        return line
-
-    def close(self) -> None:
-        self._stream.close()
-
-
-class HeadersTooLong(http.client.HTTPException):
-    """The headers of an answer went over ANSWER_LIMIT_BYTES."""
 
 
 def _read_answer(raw: Any) -> Answer:
@@ -2076,7 +2026,7 @@ NETWORK_PROBLEMS: tuple[tuple[Any, Callable[[Any], str]], ...] = (
         ssl.SSLError,
         lambda e: f"TLS failed ({e.reason or 'no reason given'}); is this an https:// address?",
     ),
-    (HeadersTooLong, lambda e: "the headers of the answer are too long"),
+    (http.client.LineTooLong, lambda e: "the headers of the answer are too long"),
     (http.client.HTTPException, lambda e: "the answer is not HTTP; is DASHBOARD_URL right?"),
 )
 

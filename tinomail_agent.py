@@ -29,8 +29,9 @@ This file, from the top:
     reading /proc and sysfs     parsers, rates, CPU, memory
     disks and networks          mounts, block devices, interfaces
     processes                   the table of processes, their memory and CPU
-    services                    which mail service a process belongs to, roles, ports
+    services                    which mail service a process belongs to
     sockets                     TCP counts and port checks
+    what runs here              the services at home on this node, its role and ports
     settings                    the table of settings, the env file
     logging                     lines for a terminal or the journal
     command line                --once, --check, main()
@@ -2765,154 +2766,8 @@ def memory_cgroup(cgroup: str, root: str) -> tuple[str, tuple[bytes, bytes]]:
 
 # --- services ----------------------------------------------------------------------------
 
-# In the order in which `auto` takes a node's role from them: service -> role.
-SERVICE_ROLES = {
-    "zonemta": "zonemta-outbound", "wildduck": "wildduck", "haraka": "haraka",
-    "rspamd": "rspamd", "mongodb": "mongodb", "redis": "redis",
-}
 SERVICES = ("zonemta", "wildduck", "haraka", "rspamd", "redis", "mongodb")
 NODE_SERVICES = ("zonemta", "wildduck", "haraka")  # their processes share Node's program
-
-# The ports that matter on a node: by its role, else by the services on it.
-MAIL_PORTS = (25, 587, 993, 995, 12080, 11334)
-ROLE_PORTS = {
-    "wildduck": MAIL_PORTS,
-    "zonemta-outbound": (587, 12080),
-    "zonemta-local": (587, 12080),
-    "haraka": (25,),
-    "rspamd": (11334,),
-    "redis": (6379,),
-    "mongodb": (27017,),
-    "unknown": MAIL_PORTS,
-}
-SERVICE_PORTS = {
-    "zonemta": (587, 12080), "haraka": (25,), "rspamd": (11334,), "redis": (6379,),
-    "mongodb": (27017,), "wildduck": (993, 995),
-}
-
-
-def ports_of(role: str, services: Iterable[str]) -> tuple[int, ...]:
-    """Return the ports to check: of a role, else of the service whose name it begins with,
-    else of the services on the node."""
-    if role in ROLE_PORTS:
-        return ROLE_PORTS[role]
-    named = [name for name in SERVICE_PORTS if role.lower().startswith(name)]
-    ports = [port for name in named or services for port in SERVICE_PORTS.get(name, ())]
-    return tuple(dict.fromkeys(ports)) or MAIL_PORTS
-
-
-class Residents:
-    """The services that are at home on this node, by what ran in the samples.
-
-    A service moves in once it has run for 10 minutes, and in the agent's first 10 minutes with
-    the third sample in a row; it has moved out when it was absent for 7 days. What lives for a
-    moment, under whatever name, changes nothing.
-
-    The file `services` holds {service: seconds of absence}. It is written when somebody moves,
-    and now and then while somebody is absent.
-    """
-
-    SETTLED_S, SETTLED_SAMPLES, GONE_S = 600.0, 3, 7 * 86400.0
-    SAVE_EVERY_S = 3600.0
-
-    def __init__(
-        self, folder: str = "", *, clock: Callable[[], float] = time.monotonic,
-        at_once: bool = False,
-    ) -> None:
-        """folder: STATE_DIRECTORY, "" for none; at_once: what runs now is at home."""
-        self._folder = folder
-        self._clock = clock
-        self._at_once = at_once
-        self._started = self._updated = self._saved = clock()
-        self._running: dict[str, tuple[float, int]] = {}  # since when, in how many samples
-        self._absent: dict[str, float] = {}  # the residents; seconds
-        self._is_loaded, self._is_unsaved = not folder, False
-        self._problems = Problems()
-        self._worker = Worker(HANG_LIMIT_S, self._problems)
-
-    def role(self) -> str:
-        """Return the role that `auto` gives; "unknown" while nobody is at home."""
-        return next((SERVICE_ROLES[s] for s in SERVICE_ROLES if s in self._absent), "unknown")
-
-    def services(self) -> list[str]:
-        return [service for service in SERVICE_ROLES if service in self._absent]
-
-    def update(self, running: Mapping[str, bool]) -> None:
-        """Note which services run in this sample; of one that is missing nothing is known."""
-        if self._at_once:
-            self._absent = {service: 0.0 for service, runs in running.items() if runs}
-            return
-        self._load()
-        now, before = self._clock(), set(self._absent)
-        passed, self._updated = now - self._updated, now
-        for service in SERVICE_ROLES.keys() & running.keys():
-            if running[service]:
-                since, samples = self._running.get(service, (now, 0))
-                self._running[service] = since, samples + 1
-                if service in self._absent or self._is_settled(now, since, samples + 1):
-                    self._absent[service] = 0.0
-                continue
-            self._running.pop(service, None)
-            if self._absent.get(service, -passed) + passed > self.GONE_S:
-                del self._absent[service]
-            elif service in self._absent:
-                self._absent[service] += passed
-        self._is_unsaved |= before != set(self._absent)
-        is_late = any(self._absent.values()) and now - self._saved >= self.SAVE_EVERY_S
-        if self._is_loaded and self._folder and (self._is_unsaved or is_late):
-            self._save(now)
-
-    def _is_settled(self, now: float, since: float, samples: int) -> bool:
-        if now - self._started < self.SETTLED_S:
-            return samples >= self.SETTLED_SAMPLES
-        return now - since >= self.SETTLED_S
-
-    def _load(self) -> None:
-        calls = {} if self._is_loaded else {"reading the services of the last run": self._read}
-        for answer in self._worker.run(calls).values():
-            if isinstance(answer, Exception):  # a disk that cannot be read now may be later
-                self._problems.begin("read", "cannot read what ran here before", _reason(answer))
-                continue
-            self._problems.end("read", "what ran here before could be read")
-            self._is_loaded = True
-            self._absent = {**answer, **self._absent}
-
-    def _read(self) -> dict[str, float]:
-        try:
-            saved = json.loads(read_bytes(f"{self._folder}/services", 4096))
-            return {s: float(saved[s]) for s in SERVICE_ROLES if 0 <= saved.get(s, -1) < math.inf}
-        except FileNotFoundError:
-            pass
-        except (ValueError, TypeError, AttributeError, RecursionError):
-            return {}  # damaged: what runs moves in again
-        with contextlib.suppress(FileNotFoundError):  # version 1.0.0 had the role alone
-            role = read_bytes(f"{self._folder}/role", 100).decode("utf-8", "replace").strip()
-            self._is_unsaved = True
-            return {service: 0.0 for service, its in SERVICE_ROLES.items() if its == role}
-        return {}
-
-    def _save(self, now: float) -> None:
-        text = json.dumps({service: round(s) for service, s in self._absent.items()})
-        name = "writing which services run here"
-        answer = self._worker.run({name: functools.partial(self._write, text)}).get(name, self)
-        self._is_unsaved = answer is not None
-        if isinstance(answer, Exception):
-            self._problems.begin("write", "cannot remember which services run here",
-                                 _reason(answer))
-        elif answer is None:
-            self._saved = now
-            self._problems.end("write", "which services run here is remembered again")
-
-    def _write(self, text: str) -> None:
-        path = f"{self._folder}/services"
-        with open(f"{path}.new", "w") as stream:
-            stream.write(text)
-        os.replace(f"{path}.new", path)
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(f"{self._folder}/role")
-
-
-# - which service a process belongs to
 
 # Native servers keep the name of their program: comm -> service.
 SERVICE_COMMS = {
@@ -3089,19 +2944,19 @@ def dump_tcp(*states: int) -> Iterator[memoryview]:
                 data = data[(length + 3) & ~3 or len(data) :]
 
 
-def tcp_rows(proc: str) -> Iterator[tuple[bytes, int, bytes]]:
-    """Yield (local address, state, queues) of /proc/net/tcp and tcp6, what there is of them.
+def tcp_rows(proc: str) -> Iterator[tuple[int, bytes, bytes]]:
+    """Yield (state, local address, accept queue) of each row of /proc/net/tcp and tcp6.
 
     For kernels without sock_diag: it costs time for each socket that there is.
     """
     for name in ("tcp", "tcp6"):
-        if name == "tcp6" and not os.path.exists(f"{proc}/net/{name}"):
+        if name == "tcp6" and not os.path.exists(f"{proc}/net/tcp6"):
             return  # IPv6 is off
         with open(f"{proc}/net/{name}", "rb") as rows:
-            next(rows, None)  # the names of the columns
             for row in rows:
-                _, local, _, state, queues, _ = row.split(None, 5)
-                yield local, int(state, 16), queues
+                columns = row.split(None, 5)
+                if columns[3] != b"st":  # the names of the columns
+                    yield int(columns[3], 16), columns[1], columns[4].rpartition(b":")[2]
 
 
 class TcpCensus(NamedTuple):
@@ -3152,7 +3007,7 @@ class TcpCounter:
         return counts
 
     def _count_rows(self) -> dict[str, Any]:
-        states = Counter(state for _, state, _ in tcp_rows(self._proc))
+        states = Counter(state for state, _, _ in tcp_rows(self._proc))
         return {
             "tcp_established": states[TCP_ESTABLISHED], "tcp_close_wait": states[TCP_CLOSE_WAIT],
             "tcp_time_wait": states[TCP_TIME_WAIT],
@@ -3242,35 +3097,32 @@ class Listener(NamedTuple):
     is_v6only: bool = False
 
     def serves(self, wanted: bytes) -> bool:
-        if len(self.address) == len(wanted):
-            return self.address == wanted or not any(self.address)
-        if len(wanted) == 16:
-            return False
-        return self.address == IPV4_MAPPED + wanted or not (any(self.address) or self.is_v6only)
+        if len(self.address) == 16 and len(wanted) == 4:
+            is_any = not any(self.address) and not self.is_v6only
+            return is_any or self.address == IPV4_MAPPED + wanted
+        return self.address in (wanted, bytes(len(wanted)))
 
 
 IPV4_MAPPED = bytes(10) + b"\xff\xff"
 INET_DIAG_SKV6ONLY = 11  # linux/inet_diag.h
 
 
-def listeners(proc: str = "/proc") -> Iterator[Listener]:
-    """Yield the listening sockets of both families."""
+def listeners(proc: str) -> list[Listener]:
+    """Return the listening sockets of both families."""
     try:
-        yield from [_listener_of(message) for message in dump_tcp(TCP_LISTEN)]
+        return [parse_listener(message) for message in dump_tcp(TCP_LISTEN)]
     except OSError:
-        for local, state, queues in tcp_rows(proc):
-            if state == TCP_LISTEN:
-                address, port = local.split(b":")
-                words = struct.iter_unpack(">I", bytes.fromhex(address.decode()))
-                host = b"".join(struct.pack("=I", word) for word, in words)
-                queued = int(queues.split(b":")[1], 16)
-                yield Listener(host, int(port, 16), queued, math.inf)
+        return [
+            Listener(_address(local), int(local.rpartition(b":")[2], 16), int(queued, 16), math.inf)
+            for state, local, queued in tcp_rows(proc) if state == TCP_LISTEN
+        ]
 
 
-def _listener_of(message: memoryview) -> Listener:
+def parse_listener(message: memoryview) -> Listener:
     # struct inet_diag_msg: family, .., id.sport (big endian) at 4, id.src at 8,
     # rqueue (the accept queue) at 56, wqueue (its limit) at 60, attributes from 72
     size = 4 if message[0] == socket.AF_INET else 16
+    port = struct.unpack_from("!H", message, 4)[0]
     queued, limit = struct.unpack_from("=II", message, 56)
     is_v6only, attributes = False, message[72:]
     while len(attributes) >= 4:
@@ -3278,8 +3130,13 @@ def _listener_of(message: memoryview) -> Listener:
         if kind == INET_DIAG_SKV6ONLY:
             is_v6only = bool(attributes[4])
         attributes = attributes[(length + 3) & ~3 or len(attributes) :]
-    port = struct.unpack_from("!H", message, 4)[0]
     return Listener(bytes(message[8 : 8 + size]), port, queued, limit, is_v6only)
+
+
+def _address(local: bytes) -> bytes:
+    """Return the address in a column of /proc/net/tcp: 32-bit words in the machine's order."""
+    words = bytes.fromhex(local.partition(b":")[0].decode())
+    return b"".join(struct.pack("=I", word) for word, in struct.iter_unpack(">I", words))
 
 
 def check_by_listener(host: str, ports: Iterable[int], proc: str = "/proc") -> dict[int, bool]:
@@ -3287,6 +3144,153 @@ def check_by_listener(host: str, ports: Iterable[int], proc: str = "/proc") -> d
     wanted = socket.inet_pton(socket.AF_INET6 if ":" in host else socket.AF_INET, host)
     up = {one.port for one in listeners(proc) if one.queued <= one.limit and one.serves(wanted)}
     return {port: port in up for port in ports}
+
+
+# --- what runs here ----------------------------------------------------------------------
+
+# In the order in which `auto` takes a node's role from them: service -> role.
+SERVICE_ROLES = {
+    "zonemta": "zonemta-outbound", "wildduck": "wildduck", "haraka": "haraka",
+    "rspamd": "rspamd", "mongodb": "mongodb", "redis": "redis",
+}
+
+# The ports that matter on a node: by its role, else by the services on it.
+MAIL_PORTS = (25, 587, 993, 995, 12080, 11334)
+ROLE_PORTS = {
+    "wildduck": MAIL_PORTS,
+    "zonemta-outbound": (587, 12080),
+    "zonemta-local": (587, 12080),
+    "haraka": (25,),
+    "rspamd": (11334,),
+    "redis": (6379,),
+    "mongodb": (27017,),
+    "unknown": MAIL_PORTS,
+}
+SERVICE_PORTS = {
+    "zonemta": (587, 12080), "haraka": (25,), "rspamd": (11334,), "redis": (6379,),
+    "mongodb": (27017,), "wildduck": (993, 995),
+}
+
+
+def ports_of(role: str, services: Iterable[str]) -> tuple[int, ...]:
+    """Return the ports to check: of a role, else of the service whose name it begins with,
+    else of the services on the node."""
+    if role in ROLE_PORTS:
+        return ROLE_PORTS[role]
+    named = [name for name in SERVICE_PORTS if role.lower().startswith(name)]
+    ports = [port for name in named or services for port in SERVICE_PORTS.get(name, ())]
+    return tuple(dict.fromkeys(ports)) or MAIL_PORTS
+
+
+class Residents:
+    """The services that are at home on this node, by what ran in the samples.
+
+    A service moves in once it has run for 10 minutes, and in the agent's first 10 minutes with
+    the third sample in a row; it has moved out when it was absent for 7 days. What lives for a
+    moment, under whatever name, changes nothing.
+
+    The file `services` holds {service: seconds of absence}. It is written when somebody moves,
+    and now and then while somebody is absent.
+    """
+
+    SETTLED_S, SETTLED_SAMPLES, GONE_S = 600.0, 3, 7 * 86400.0
+    SAVE_EVERY_S = 3600.0
+
+    def __init__(
+        self, folder: str = "", *, clock: Callable[[], float] = time.monotonic,
+        at_once: bool = False,
+    ) -> None:
+        """folder: STATE_DIRECTORY, "" for none; at_once: what runs now is at home."""
+        self._folder = folder
+        self._clock = clock
+        self._at_once = at_once
+        self._started = self._updated = self._saved = clock()
+        self._running: dict[str, tuple[float, int]] = {}  # since when, in how many samples
+        self._absent: dict[str, float] = {}  # the residents; seconds
+        self._is_loaded, self._is_unsaved = not folder, False
+        self._problems = Problems()
+        self._worker = Worker(HANG_LIMIT_S, self._problems)
+
+    def role(self) -> str:
+        """Return the role that `auto` gives; "unknown" while nobody is at home."""
+        return next((SERVICE_ROLES[s] for s in SERVICE_ROLES if s in self._absent), "unknown")
+
+    def services(self) -> list[str]:
+        return [service for service in SERVICE_ROLES if service in self._absent]
+
+    def update(self, running: Mapping[str, bool]) -> None:
+        """Note which services run in this sample; of one that is missing nothing is known."""
+        if self._at_once:
+            self._absent = {service: 0.0 for service, runs in running.items() if runs}
+            return
+        self._load()
+        now, before = self._clock(), set(self._absent)
+        passed, self._updated = now - self._updated, now
+        for service in SERVICE_ROLES.keys() & running.keys():
+            if running[service]:
+                since, samples = self._running.get(service, (now, 0))
+                self._running[service] = since, samples + 1
+                if service in self._absent or self._is_settled(now, since, samples + 1):
+                    self._absent[service] = 0.0
+                continue
+            self._running.pop(service, None)
+            if self._absent.get(service, -passed) + passed > self.GONE_S:
+                del self._absent[service]
+            elif service in self._absent:
+                self._absent[service] += passed
+        self._is_unsaved |= before != set(self._absent)
+        is_late = any(self._absent.values()) and now - self._saved >= self.SAVE_EVERY_S
+        if self._is_loaded and self._folder and (self._is_unsaved or is_late):
+            self._save(now)
+
+    def _is_settled(self, now: float, since: float, samples: int) -> bool:
+        if now - self._started < self.SETTLED_S:
+            return samples >= self.SETTLED_SAMPLES
+        return now - since >= self.SETTLED_S
+
+    def _load(self) -> None:
+        calls = {} if self._is_loaded else {"reading the services of the last run": self._read}
+        for answer in self._worker.run(calls).values():
+            if isinstance(answer, Exception):  # a disk that cannot be read now may be later
+                self._problems.begin("read", "cannot read what ran here before", _reason(answer))
+                continue
+            self._problems.end("read", "what ran here before could be read")
+            self._is_loaded = True
+            self._absent = {**answer, **self._absent}
+
+    def _read(self) -> dict[str, float]:
+        try:
+            saved = json.loads(read_bytes(f"{self._folder}/services", 4096))
+            return {s: float(saved[s]) for s in SERVICE_ROLES if 0 <= saved.get(s, -1) < math.inf}
+        except FileNotFoundError:
+            pass
+        except (ValueError, TypeError, AttributeError, RecursionError):
+            return {}  # damaged: what runs moves in again
+        with contextlib.suppress(FileNotFoundError):  # version 1.0.0 had the role alone
+            role = read_bytes(f"{self._folder}/role", 100).decode("utf-8", "replace").strip()
+            self._is_unsaved = True
+            return {service: 0.0 for service, its in SERVICE_ROLES.items() if its == role}
+        return {}
+
+    def _save(self, now: float) -> None:
+        text = json.dumps({service: round(s) for service, s in self._absent.items()})
+        name = "writing which services run here"
+        answer = self._worker.run({name: functools.partial(self._write, text)}).get(name, self)
+        self._is_unsaved = answer is not None
+        if isinstance(answer, Exception):
+            self._problems.begin("write", "cannot remember which services run here",
+                                 _reason(answer))
+        elif answer is None:
+            self._saved = now
+            self._problems.end("write", "which services run here is remembered again")
+
+    def _write(self, text: str) -> None:
+        path = f"{self._folder}/services"
+        with open(f"{path}.new", "w") as stream:
+            stream.write(text)
+        os.replace(f"{path}.new", path)
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(f"{self._folder}/role")
 
 
 # --- settings ----------------------------------------------------------------------------

@@ -29,8 +29,9 @@ This file, from the top:
     reading /proc and sysfs     parsers, rates, CPU, memory
     disks and networks          mounts, block devices, interfaces
     processes                   the table of processes, their memory and CPU
-    services                    which mail service a process belongs to, roles, ports
+    services                    which mail service a process belongs to
     sockets                     TCP counts and port checks
+    what runs here              the services at home on this node, its role and ports
     settings                    the table of settings, the env file
     logging                     lines for a terminal or the journal
     command line                --once, --check, main()
@@ -69,7 +70,8 @@ import threading
 import time
 import weakref
 import zlib
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from datetime import timezone
 from email.utils import parsedate_to_datetime
@@ -91,6 +93,7 @@ RELEASED = 1_793_491_200  # 2026-11-01, in epoch seconds: a clock before it is n
 EX_CONFIG = 78  # sysexits.h
 
 PRIME_S = 1.0  # the first rates and CPU shares are measured over this long
+HANG_LIMIT_S = 1.0  # for all calls of a kind that may hang, in one sample
 PORT_CHECK_LIMIT_S = 3.0  # for all ports together
 REQUEST_DEADLINE_S = 10.0  # connect, TLS, request and answer together; name resolution aside
 SLOW_DEADLINE_S = 30.0  # the same, after an attempt that ran out of time
@@ -161,8 +164,9 @@ class Agent:
         self._buffer = Buffer(config.buffer_size, self._state)
         transport = Transport(config.dashboard_url, config.ca_bundle)
         self._sender = Sender(config, self._buffer, transport)
-        self._role = self._state.role() if self._state else "unknown"  # as it is on disk
-        self._collector = Collector(config, agent_figures=self._figures, role=self._role)
+        self._collector = Collector(
+            config, agent_figures=self._figures, residents=Residents(folder)
+        )
         self._collector_due = math.inf  # by then the collector has made progress, if it is well
         self._clock_problem = Problems()  # of the collector thread
         self._notifier = Notifier(environ)
@@ -259,12 +263,6 @@ class Agent:
             self._buffer.put(self._collector.collect())
         self._has_sampled.set()
         self._collector_due = time.monotonic() + 1.5 * self._config.interval_s  # its longest pause
-        if self._state and self._config.node_role == "auto" and self._role != self._collector.role:
-            try:
-                self._state.remember_role(self._collector.role)
-                self._role = self._collector.role
-            except OSError as error:
-                log.warning("cannot remember the role: %s", _reason(error))
 
     # - supervision
 
@@ -357,44 +355,55 @@ class Collector:
         clock: Callable[[], float] = time.monotonic,
         now: Callable[[], float] = time.time,
         agent_figures: Callable[[], dict[str, Any]] = dict,
-        role: str = "unknown",
+        residents: Residents | None = None,
     ) -> None:
-        """role: what `auto` found in an earlier run."""
+        """residents: the services that are at home on this node."""
         self._config = config
         self._clock = clock
         self._now = now
         self._agent_figures = agent_figures
-        watched = {comm: service for service, comm in config.watch_processes}
-        self._processes = ProcessTable(
-            proc, clock, cgroup_root=f"{sys_root}/fs/cgroup", watched=watched
-        )
-        self._said: set[str] = set()
-        self._crashes = Problems()
-        self.role = role if config.node_role == "auto" else config.node_role
+        self._residents = residents or Residents(clock=clock)
+        self._problems = Problems()
+        self._unread: set[str] = set()  # the metrics that are missing in this sample,
+        self._was_unread: set[str] = set()  # and in the one before
         self.collect_errors = 0
-        # What fills `system`: the metric's name for the log, and its reader. A reader returns
-        # fields of `system`, None for one that has no value this time.
-        change = Change(clock)
-        self.readers: dict[str, Callable[[], dict[str, Any]]] = {
-            "cpu": CpuReader(sys_root, change).read,
+        self._processes = ProcessTable(
+            proc, clock, self._missing, Worker(HANG_LIMIT_S, self._problems),
+            cgroup_root=f"{sys_root}/fs/cgroup", watched=config.watch_processes,
+        )
+        self.readers = self._make_readers(proc, sys_root)
+
+    def _make_readers(self, proc: str, sys_root: str) -> dict[str, Callable[[], dict[str, Any]]]:
+        """Return what fills `system`: the metric's name for the log, and its reader.
+
+        A reader returns fields of `system`, None for one that has no value this time.
+        """
+        config, clock, missing = self._config, self._clock, self._missing
+        disks = DiskReader(proc, config.disk_paths, missing, Worker(HANG_LIMIT_S, self._problems))
+        network = NetworkReader(sys_root, config.net_interfaces, clock, missing)
+        return {
+            "cpu": CpuReader(proc, clock).read,
             "memory": read_memory,
-            "disks": DiskReader(proc, config.disk_paths, self._missing).read,
-            "disk_io": DiskIoReader(proc, sys_root, change).read,
-            "network": NetworkReader(
-                sys_root, config.net_interfaces, change, self._missing
-            ).read,
-            "load": read_load,
-            "tcp_connections": TcpCounter(proc, self._missing, count_tcp).read,
+            "disks": disks.read,
+            "disk_io": DiskIoReader(proc, sys_root, clock).read,
+            "network": network.read,
+            "load": functools.partial(read_load, proc),
+            "tcp_connections": TcpCounter(proc, missing, count_tcp).read,
             "open_files": functools.partial(read_open_files, proc),
-            "uptime": read_uptime,
+            "uptime": functools.partial(read_uptime, proc),
         }
+
+    @property
+    def role(self) -> str:
+        is_auto = self._config.node_role == "auto"
+        return self._residents.role() if is_auto else self._config.node_role
 
     # - one sample
 
     def prime(self) -> None:
         """Take a first reading of every counter, so that the next one has rates."""
         rates = [self.readers[name] for name in ("cpu", "disk_io", "network")]
-        for reader in (*rates, self._read_processes):
+        for reader in (self._processes.read, *rates):
             with contextlib.suppress(*READ_ERRORS):  # the first sample will tell
                 reader()
 
@@ -405,14 +414,14 @@ class Collector:
         for name, reader in self.readers.items():
             system.update(self._try(name, reader))
         body: dict[str, Any] = {"timestamp": iso_utc(taken), "system": system}
-        processes = self._try("processes", self._read_processes)
-        if processes:
-            body["processes"] = processes
-        services = self._try("services", self._read_services)
-        if services:
-            body["services"] = services
-        body["role"] = self.role
+        for name, reader in (
+            ("processes", self._read_processes), ("services", self._check_ports)
+        ):
+            if found := self._try(name, reader):
+                body[name] = found
+        role = body["role"] = self.role
         own_memory = self._try("rss_bytes", lambda: {"rss_bytes": own_rss_bytes()})
+        self._welcome_read()
         body["agent"] = {
             "version": VERSION,
             **own_memory,
@@ -421,7 +430,7 @@ class Collector:
             "collect_errors": self.collect_errors,
             **self._agent_figures(),
         }
-        return Sample(int(taken * 1000), self.role, pack(body))
+        return Sample(int(taken * 1000), role, pack(body))
 
     def _try(self, name: str, reader: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """Run a reader; drop and count what is None, not finite, or could not be read."""
@@ -440,39 +449,32 @@ class Collector:
 
     def _missing(self, name: str, why: str) -> None:
         self.collect_errors += 1
-        self._say_once(f"cannot read {name}: {why}; it is left out of the samples")
+        self._unread.add(name)
+        self._problems.begin(name, f"cannot read {name}: {why}; it is left out of the samples")
 
-    def _say_once(self, text: str) -> None:
-        if text not in self._said and len(self._said) < 1000:
-            self._said.add(text)
-            log.warning("%s", text)
+    def _welcome_read(self) -> None:
+        """Log the end of what was missing in the sample before, and is not in this one."""
+        for name in sorted(self._was_unread - self._unread):
+            self._problems.end(name, f"{name} can be read again")
+        self._was_unread, self._unread = self._unread, set()
 
     def crashed(self) -> None:
         """Log the exception that is being handled, and count it."""
         self.collect_errors += 1
-        self._crashes.crash("taking a sample failed; the next one is tried all the same")
-
-    # - what the readers below do not do by themselves
+        self._problems.crash("taking a sample failed; the next one is tried all the same")
 
     def _read_processes(self) -> dict[str, Any]:
         processes = self._processes.read()
-        if self._config.node_role == "auto":
-            self.role = find_role(processes, self.role)
+        self._residents.update({s: p["status"] == "running" for s, p in processes.items()})
         return processes
 
-    def _read_services(self) -> dict[str, Any]:
-        ports = self._config.check_ports or ROLE_PORTS[self.role]
-        check = {"connect": check_by_connect, "listen": check_by_listener}[self._config.check_mode]
-        found = check(self._config.check_host, ports)
+    def _check_ports(self) -> dict[str, Any]:
+        config = self._config
+        ports = config.check_ports or ports_of(config.node_role, self._residents.services())
+        is_listen = config.check_mode == "listen"
+        check: PortCheck = check_by_listener if is_listen else check_by_connect
+        found = check(config.check_host, ports)
         return {f"port_{port}": is_open for port, is_open in found.items()}
-
-
-def find_role(processes: Mapping[str, Mapping[str, Any]], current: str) -> str:
-    """Return the role that the running services give; it only ever moves up the list."""
-    for service, role in ROLE_ORDER:
-        if processes.get(service, {}).get("status") == "running":
-            return min(role, current, key=ROLE_RANK.index)
-    return current
 
 
 # --- the buffer --------------------------------------------------------------------------
@@ -2071,14 +2073,13 @@ class SavedSamples(NamedTuple):
 
 
 class State:
-    """What outlives the process, below STATE_DIRECTORY: the samples that wait, and the role.
+    """What outlives the process, below STATE_DIRECTORY: the samples that wait.
 
     buffer/SEQ.sample holds a sample as it is in memory. Nothing is synced, the disk is the mail
     server's: a power cut may damage files, and may bring back those that were deleted last.
     """
 
     def __init__(self, folder: str) -> None:
-        self._role = os.path.join(folder, "role")
         self._buffer = os.path.join(folder, "buffer")
 
     def load(self, known: Container[int] = ()) -> SavedSamples:
@@ -2119,17 +2120,6 @@ class State:
         """Remove the file of a sample, if there is one. Raises OSError."""
         with contextlib.suppress(FileNotFoundError):
             os.unlink(self._path(seq))
-
-    def role(self) -> str:
-        """Return the role that was found in an earlier run, "unknown" if none was."""
-        try:
-            role = read_bytes(self._role, 100).decode("ascii", "replace").strip()
-        except OSError:
-            return "unknown"
-        return role if role in ROLE_RANK else "unknown"
-
-    def remember_role(self, role: str) -> None:
-        self._replace(self._role, f"{role}\n".encode())
 
     def _path(self, seq: int) -> str:
         return os.path.join(self._buffer, f"{seq:012}.sample")
@@ -2186,6 +2176,10 @@ def iso_utc(epoch_s: float) -> str:
 
 # --- reading /proc and sysfs -------------------------------------------------------------
 
+PortCheck = Callable[[str, Iterable[int]], dict[int, bool]]
+Missing = Callable[[str, str], None]  # tells of a metric that is left out, and why
+Growth = tuple[float, list[float]]  # seconds, and by how much each counter grew in them
+
 
 def read_bytes(path: str, limit: int = -1) -> bytes:
     with open(path, "rb", buffering=0) as stream:
@@ -2204,52 +2198,52 @@ def _printable(text: str) -> str:
     return "".join(c if c.isprintable() else "?" for c in text)
 
 
-class Change:
-    """Remembers the last reading of each counter, and when it was made."""
+class Meter:
+    """Measures how counters grow.
 
-    def __init__(self, clock: Callable[[], float]) -> None:
+    A counter that falls was reset, or this one reading of it is bad. Until the next reading
+    tells, both are kept: a bad one never becomes the base of an absurd rate.
+    """
+
+    def __init__(self, clock: Callable[[], float], tolerance: float = 0) -> None:
+        """tolerance: a counter that falls by no more counts as unchanged."""
         self._clock = clock
-        self._last: dict[str, tuple[float, Any]] = {}
+        self._tolerance = tolerance
+        self._bases: dict[Any, list[tuple[float, Sequence[float]]]] = {}  # the best one first
 
-    def since(self, name: str, value: T) -> tuple[float, T]:
-        """Store a reading; return (seconds since the one before, the one before).
+    def growth(self, readings: Mapping[Any, Sequence[float]]) -> dict[Any, Growth | None]:
+        """Return name -> growth since its last good reading; None if a counter of it fell.
 
-        On the first call these are 0 seconds and the reading itself.
+        Names that are new are not in the result, those that are not in readings are forgotten.
         """
         now = self._clock()
-        then, before = self._last.get(name, (now, value))
-        self._last[name] = (now, value)
-        return now - then, before
+        grown: dict[Any, Growth | None] = {}
+        before, self._bases = self._bases, {}
+        for name, reading in readings.items():
+            self._bases[name] = [(now, reading)]
+            if bases := before.get(name):
+                grown[name] = next((
+                    (now - then, [max(0, new - old) for old, new in zip(base, reading)])
+                    for then, base in bases
+                    if all(new >= old - self._tolerance for old, new in zip(base, reading))
+                ), None)
+                if grown[name] is None:
+                    self._bases[name] = [bases[0], (now, reading)]
+        return grown
 
 
-def own_rss_bytes() -> int:
-    return int(read_bytes("/proc/self/statm").split()[1]) * PAGE_BYTES
+def rates(grown: Mapping[Any, Growth | None]) -> tuple[int | None, int | None]:
+    """Return two counters' growth per second, summed over all names.
 
-
-# In psutil's cpu_times: `guest` and `guest_nice` are inside `user` and `nice` already.
-CPU_BUSY = ("user", "nice", "system", "irq", "softirq", "steal")
-CPU_IDLE = ("idle", "iowait")
-
-
-def cpu_shares(before: list[Any], after: list[Any]) -> tuple[float | None, list[float | None]]:
-    """Return the busy percent of all cores together and of each, from psutil's per-CPU times.
-
-    iowait is idle time. A field that went backwards (iowait may) counts as unchanged.
-    None where no time has passed.
+    None if one of them fell, if no time has passed, and without any name.
     """
-    if len(before) != len(after):  # a core came or went
-        return None, []
-    busy_sum = total_sum = 0.0
-    cores: list[float | None] = []
-    for old, new in zip(before, after):
-        busy, idle = (
-            sum(max(0.0, getattr(new, name, 0.0) - getattr(old, name, 0.0)) for name in names)
-            for names in (CPU_BUSY, CPU_IDLE)
-        )
-        cores.append(percent(busy, busy + idle))
-        busy_sum += busy
-        total_sum += busy + idle
-    return percent(busy_sum, total_sum), cores
+    sound = [growth for growth in grown.values() if growth and growth[0] > 0]
+    if not sound or len(sound) < len(grown):
+        return None, None
+    first, second = (
+        round(sum(counts[column] / seconds for seconds, counts in sound)) for column in (0, 1)
+    )
+    return first, second
 
 
 def percent(part: float, whole: float) -> float | None:
@@ -2257,56 +2251,38 @@ def percent(part: float, whole: float) -> float | None:
     return min(100.0, max(0.0, round(100.0 * part / whole, 1))) if whole > 0 else None
 
 
-def rate(
-    before: Mapping[str, tuple[int, int]], after: Mapping[str, tuple[int, int]], seconds: float
-) -> tuple[int | None, int | None]:
-    """Return the two counters' growth per second, summed over the names that both readings have.
-
-    None for a counter that went backwards on any of them, for no time passed, and for no names.
-    """
-    result: list[int | None] = []
-    for column in (0, 1):
-        grown = [after[name][column] - before[name][column] for name in after if name in before]
-        sound = seconds > 0 and grown and all(delta >= 0 for delta in grown)
-        result.append(round(sum(grown) / seconds) if sound else None)
-    return result[0], result[1]
+def own_rss_bytes() -> int:
+    return int(read_bytes("/proc/self/statm").split()[1]) * PAGE_BYTES
 
 
-def parse_ranges(text: bytes) -> list[int]:
-    """Return the numbers in a list of sysfs' like 0-3,6."""
-    numbers: list[int] = []
-    for part in text.decode("ascii", "replace").strip().split(","):
-        first, _, last = part.partition("-")
-        numbers += range(int(first), min(int(last or first), 2**16) + 1)
-    return numbers
+# The columns of /proc/stat (proc_stat(5)): user, nice, system, idle, iowait, irq, softirq, steal.
+# `guest` and `guest_nice`, behind them, are inside `user` and `nice` already.
+CPU_COLUMNS, CPU_IDLE = 8, (3, 4)
 
 
-Missing = Callable[[str, str], None]  # tells of a metric that is left out, and why
+def parse_cpu_ticks(data: bytes) -> dict[int, list[int]]:
+    """Return core -> its columns of /proc/stat; cores that are off have none."""
+    rows = re.findall(rb"^cpu(\d+) (.*)$", data, re.MULTILINE)
+    return {int(core): list(map(int, ticks.split()[:CPU_COLUMNS])) for core, ticks in rows}
 
 
 class CpuReader:
-    """Reads the busy share of all cores together, and of each."""
+    """Reads the busy share of all cores together, and of each; iowait is idle time."""
 
-    def __init__(self, sys_root: str, change: Change) -> None:
-        self._sys = sys_root
-        self._change = change
+    def __init__(self, proc: str, clock: Callable[[], float]) -> None:
+        self._proc = proc
+        self._meter = Meter(clock, tolerance=CLOCK_TICKS)  # iowait may fall, by little
 
     def read(self) -> dict[str, Any]:
-        times = psutil.cpu_times(percpu=True)
-        _, before = self._change.since("cpu", times)
-        total, cores = cpu_shares(before, times)
-        numbers = online_cores(self._sys, len(cores))
-        rows = [{"core": n, "percent": p} for n, p in zip(numbers, cores) if p is not None]
+        grown = self._meter.growth(parse_cpu_ticks(read_bytes(f"{self._proc}/stat")))
+        spent = {core: growth[1] for core, growth in grown.items() if growth}
+        idle = {core: sum(ticks[i] for i in CPU_IDLE) for core, ticks in spent.items()}
+        whole = {core: sum(ticks) for core, ticks in spent.items()}
+        busy = {core: whole[core] - idle[core] for core in spent}
+        shares = {core: percent(busy[core], whole[core]) for core in spent}
+        rows = [{"core": core, "percent": p} for core, p in shares.items() if p is not None]
+        total = percent(sum(busy.values()), sum(whole.values()))
         return {"cpu_percent": total, "cpu_cores": rows or None}
-
-
-def online_cores(sys_root: str, count: int) -> Iterable[int]:
-    """Return the numbers of the cores that psutil lists; it leaves out those that are off."""
-    try:
-        numbers = parse_ranges(read_bytes(f"{sys_root}/devices/system/cpu/online"))
-    except (OSError, ValueError):
-        return range(count)
-    return numbers if len(numbers) == count else range(count)
 
 
 def read_memory() -> dict[str, Any]:
@@ -2319,16 +2295,18 @@ def read_memory() -> dict[str, Any]:
     }
 
 
-def read_load() -> dict[str, Any]:
-    return {"load_avg": [round(load, 2) for load in os.getloadavg()]}
+# LXC mounts files with a container's own load and uptime over these; the system calls that
+# tell them, and the clocks, are the host's.
+def read_load(proc: str) -> dict[str, Any]:
+    return {"load_avg": [float(load) for load in read_bytes(f"{proc}/loadavg").split()[:3]]}
+
+
+def read_uptime(proc: str) -> dict[str, Any]:
+    return {"uptime_seconds": int(float(read_bytes(f"{proc}/uptime").split()[0]))}
 
 
 def read_open_files(proc: str) -> dict[str, Any]:
     return {"open_files": int(read_bytes(f"{proc}/sys/fs/file-nr").split()[0])}
-
-
-def read_uptime() -> dict[str, Any]:
-    return {"uptime_seconds": int(time.clock_gettime(time.CLOCK_BOOTTIME))}
 
 
 # --- disks and networks ------------------------------------------------------------------
@@ -2344,18 +2322,41 @@ class Mount(NamedTuple):
     path: str
     fstype: str
     source: str
+    options: tuple[str, ...]  # of the superblock, not of this mount of it
+
+    @property
+    def is_remote(self) -> bool:
+        """Tell whether a server, or a process, answers for it: one that is stuck hangs us."""
+        return self.fstype in NETWORK_FSTYPES or self.fstype.startswith("fuse")
+
+    @property
+    def bars_way(self) -> bool:
+        """Tell whether nothing below it is looked at: it may hang, or expires if nobody looks."""
+        is_automount = self.fstype == "autofs" and "timeout=0" not in self.options
+        return is_automount or (self.is_remote and self.path != "/")  # all leads through "/"
+
+
+# The kernel does not say which file systems have a server; the names of FUSE begin with fuse.
+NETWORK_FSTYPES = frozenset(
+    "nfs nfs4 cifs smb3 smbfs ceph 9p afs ncpfs coda lustre gfs2 ocfs2 beegfs virtiofs".split()
+)
+UNWATCHED_PATHS = re.compile(r"/(boot|efi)(/|$)|(?s:.*)//deleted$")
+LOOP_MAJOR = "7:"  # Documentation/admin-guide/devices.txt
 
 
 def parse_mountinfo(data: bytes) -> list[Mount]:
-    """Parse /proc/self/mountinfo, in the order of mounting."""
+    """Parse /proc/self/mountinfo, in the order of mounting.
+
+    A line ends with \\n and a field with a blank; any other character may be part of a path.
+    """
     mounts = []
-    for line in os.fsdecode(data).splitlines():
+    for line in os.fsdecode(data).split("\n"):
         fields, _, tail = line.partition(" - ")
         first, last = fields.split(" "), tail.split(" ")
-        if len(first) >= 6 and len(last) >= 2:
+        if len(first) >= 6 and len(last) >= 3:
             mounts.append(
                 Mount(int(first[0]), int(first[1]), first[2], _unescape(first[3]),
-                      _unescape(first[4]), last[0], _unescape(last[1]))
+                      _unescape(first[4]), last[0], _unescape(last[1]), tuple(last[2].split(",")))
             )
     return mounts
 
@@ -2365,209 +2366,213 @@ def _unescape(text: str) -> str:
     return re.sub(r"\\([0-7]{3})", lambda found: chr(int(found[1], 8)), text)
 
 
-# Never touched: a server that is away would hang the agent.
-NETWORK_FSTYPES = frozenset(
-    "nfs nfs4 cifs smb3 smbfs ceph 9p afs ncpfs coda lustre gfs2 ocfs2 beegfs virtiofs".split()
-)
-# Full by nature, or not a place where mail or logs go.
-UNWATCHED_FSTYPES = frozenset("squashfs iso9660 udf cramfs erofs".split())
-UNWATCHED_PATHS = re.compile(r"/(boot|efi)(/|$)")
-LOOP_MAJOR = "7:"  # Documentation/admin-guide/devices.txt
+class MountTable:
+    """The mounts of this process, and where a path leads."""
 
+    def __init__(self, mounts: Iterable[Mount]) -> None:
+        # the root of an initramfs is its own parent
+        self._mounts = [
+            m._replace(parent_id=-1) if m.parent_id == m.mount_id else m for m in mounts
+        ]
+        self._by_place = {(mount.parent_id, mount.path): mount for mount in self._mounts}
+        ids = {mount.mount_id for mount in self._mounts}
+        outside = next((m.parent_id for m in self._mounts if m.parent_id not in ids), -1)
+        self._outside = Mount(outside, 0, "0:0", "/", "/", "", "", ())  # a chroot(2) stays in it
 
-def is_network(fstype: str) -> bool:
-    return fstype in NETWORK_FSTYPES or (fstype.startswith("fuse.") or fstype == "fuse")
+    def way(self, path: str) -> Iterator[tuple[str, Mount]]:
+        """Yield each directory on the way to an absolute path, and the mounts passed there."""
+        here = self._outside
+        for end in (1, *(i for i, c in enumerate(f"{path}/") if c == "/" and i > 1)):
+            while upper := self._by_place.get((here.mount_id, path[:end])):
+                here = upper
+                yield path[:end], here
+            yield path[:end], here
 
+    def local_disks(self) -> dict[str, list[Mount]]:
+        """Group what is mounted of local disks by device, the whole and short ones first.
 
-def local_disks(mounts: list[Mount]) -> dict[str, list[Mount]]:
-    """Group the mounts that are local disks by device; of each, the whole and short ones first.
+        Local is "/", and what stands on a block device or is btrfs or zfs. What is hidden below
+        another mount does not count, nor what is beyond a mount that bars the way.
+        """
+        disks: dict[str, list[Mount]] = {}
+        for mount in self._mounts:
+            on_block = not mount.device.startswith("0:") or mount.fstype in ("btrfs", "zfs")
+            unwatched = (
+                mount.is_remote
+                or mount.device.startswith(LOOP_MAJOR)
+                or mount.source.startswith("/dev/loop")  # btrfs has a device number of its own
+                or UNWATCHED_PATHS.match(mount.path)
+            )
+            if unwatched or not (on_block or mount.path == "/"):
+                continue
+            way = [passed for _, passed in self.way(mount.path)]
+            if way[-1] == mount and not any(passed.bars_way for passed in way):
+                disks.setdefault(mount.device, []).append(mount)
+        for candidates in disks.values():
+            candidates.sort(key=lambda m: (m.path != "/", m.root != "/", len(m.path)))
+        return disks
 
-    Local is "/", whatever it is, and what stands on a block device or is btrfs or zfs. What
-    lies below a network mount is left out: the way there may hang.
-    """
-    by_id = {mount.mount_id: mount for mount in mounts}
+    def find(self, path: str, hops: int = 40) -> Mount:
+        """Return the mount that a path is on, links followed.
 
-    def below_network(mount: Mount) -> bool:
-        seen: set[int] = set()
-        while mount.mount_id not in seen:
-            if is_network(mount.fstype):
-                return True
-            seen.add(mount.mount_id)
-            mount = by_id.get(mount.parent_id, mount)
-        return False
-
-    disks: dict[str, list[Mount]] = {}
-    for mount in mounts:
-        on_block = not mount.device.startswith("0:") or mount.fstype in ("btrfs", "zfs")
-        unwatched = (
-            mount.fstype in UNWATCHED_FSTYPES
-            or mount.device.startswith(LOOP_MAJOR)
-            or mount.source.startswith("/dev/loop")  # btrfs has a device number of its own
-            or UNWATCHED_PATHS.match(mount.path)
-        )
-        if mount.path == "/" or (on_block and not unwatched and not below_network(mount)):
-            disks.setdefault(mount.device, []).append(mount)
-    for candidates in disks.values():
-        candidates.sort(key=lambda m: (m.path != "/", m.root != "/", len(m.path)))
-    return disks
-
-
-def mount_of(path: str, mounts: list[Mount], hops: int = 40) -> Mount:
-    """Return the mount that a path lies on. Follows links, but never into a network file system.
-
-    Raises FileNotFoundError if there is no such path.
-    """
-    path = os.path.normpath(path)
-    on_the_way = [m for m in mounts if f"{path}/".startswith(f"{m.path.rstrip('/')}/")]
-    mount = max(on_the_way, key=lambda m: len(m.path))
-    mount = [m for m in on_the_way if m.path == mount.path][-1]  # the last one hides the others
-    if is_network(mount.fstype):
+        Raises OSError if there is none, and before what bars the way is touched.
+        """
+        path = os.path.normpath(path)
+        for place, mount in self.way(path):
+            if mount.bars_way:
+                break
+            if place != "/" and hops and os.path.islink(place):
+                target = os.path.join(os.path.dirname(place), os.readlink(place))
+                return self.find(f"{target}{path[len(place):]}", hops - 1)
+        if mount.bars_way or mount.is_remote:
+            raise OSError(errno.EREMOTE, "it is remote, FUSE or an automount, and not looked at")
+        os.lstat(path)
         return mount
-    for end in (i for i, c in enumerate(f"{path}/") if c == "/" and i):
-        if os.path.islink(path[:end]) and hops:
-            target = os.path.join(os.path.dirname(path[:end]), os.readlink(path[:end]))
-            return mount_of(f"{target}{path[end:]}", mounts, hops - 1)
-    os.lstat(path)
-    return mount
-
-
-def visible_mount_id(path: str, proc: str = "/proc") -> int:
-    """Return the id of the mount that one really gets at a path (proc_pid_fdinfo(5))."""
-    fd = os.open(path, os.O_PATH | os.O_CLOEXEC)
-    try:
-        info = read_bytes(f"{proc}/self/fdinfo/{fd}")
-    finally:
-        os.close(fd)
-    found = re.search(rb"^mnt_id:\s*(\d+)", info, re.MULTILINE)
-    return int(found[1]) if found else -1
-
-
-def parse_diskstats(data: bytes) -> dict[str, tuple[int, int]]:
-    """Return device -> (bytes read, bytes written) of /proc/diskstats, in 512-byte sectors."""
-    rows = (line.split() for line in data.decode("ascii", "replace").splitlines())
-    return {row[2]: (int(row[5]) * 512, int(row[9]) * 512) for row in rows if len(row) > 9}
-
-
-# linux/if_arp.h: TUNNEL, TUNNEL6, SIT, IPGRE, IP6GRE, and NONE for tun and WireGuard.
-TUNNEL = re.compile(rb"^((768|769|776|778|823|65534)|DEVTYPE=(vxlan|geneve))$", re.MULTILINE)
-
-
-def _is_upper(interface: str) -> bool:
-    """Tell whether what an interface carries goes through another one too."""
-    try:
-        if any(entry.startswith("lower_") for entry in os.listdir(interface)):
-            return True
-        facts = read_bytes(f"{interface}/type") + read_bytes(f"{interface}/uevent")
-        return TUNNEL.search(facts) is not None
-    except OSError:
-        return False
 
 
 class DiskReader:
     """Reads how full the file systems are: of `paths`, or all local ones."""
 
-    def __init__(self, proc: str, paths: tuple[str, ...] | None, missing: Missing) -> None:
+    def __init__(
+        self, proc: str, paths: tuple[str, ...] | None, missing: Missing, worker: Worker
+    ) -> None:
         self._proc = proc
         self._paths = paths
         self._missing = missing
+        self._worker = worker
 
     def read(self) -> dict[str, Any]:
-        mounts = parse_mountinfo(read_bytes(f"{self._proc}/self/mountinfo"))
+        table = MountTable(parse_mountinfo(read_bytes(f"{self._proc}/self/mountinfo")))
+        calls: dict[str, Callable[[], dict[str, Any] | None]]
         if self._paths is None:
-            choices = list(local_disks(mounts).values())
+            calls = {f"disk {_printable(disk[0].path)}": functools.partial(read_disk, disk)
+                     for disk in table.local_disks().values()}
         else:
-            choices = [[mount] for mount in self._chosen_mounts(self._paths, mounts)]
-        rows = []
-        for candidates in choices:
-            row = self._read_disk(candidates)
-            if row:
-                rows.append(row)
-        rows.sort(key=lambda row: -row["used_percent"])
-        if not rows:
-            raise ValueError("no local file system can be read")
-        return {
-            "disk_used_percent": rows[0]["used_percent"],
-            "disk_free_bytes": rows[0]["free_bytes"],
-            "disks": rows[:DISKS_LIMIT],
-        }
+            calls = {f"disk {path} of DISK_PATHS": functools.partial(read_disk_of, path, table)
+                     for path in self._paths}
+        answers = self._worker.run(calls)
+        for name, answer in answers.items():
+            if isinstance(answer, Exception):
+                self._missing(name, getattr(answer, "strerror", None) or _reason(answer))
+        rows = {row["mount"]: row for row in answers.values() if isinstance(row, dict)}
+        ranked = sorted(rows.values(), key=lambda row: -row["used_percent"])
+        found: dict[str, Any] = {"disks": ranked[:DISKS_LIMIT]} if ranked else {}
+        if len(answers) < len(calls):
+            self._missing("disk_used_percent", "a disk hangs, and may be the fullest")
+        elif ranked:
+            found["disk_used_percent"] = ranked[0]["used_percent"]
+            found["disk_free_bytes"] = ranked[0]["free_bytes"]
+        else:
+            raise ValueError("there is no local file system (DISK_PATHS may name one)")
+        return found
 
-    def _chosen_mounts(self, paths: Iterable[str], mounts: list[Mount]) -> list[Mount]:
-        chosen: dict[Mount, None] = {}
-        for path in paths:
-            try:
-                chosen[mount_of(path, mounts)] = None
-            except OSError as error:
-                self._missing(f"disk {path} of DISK_PATHS", os.strerror(error.errno or 0))
-        return list(chosen)
 
-    def _read_disk(self, candidates: list[Mount]) -> dict[str, Any] | None:
-        """Read the first of a device's mounts that is not hidden below another one."""
-        why = ""
-        for mount in candidates:
-            try:
-                if is_network(mount.fstype):
-                    raise OSError(errno.EREMOTE, "")
-                if visible_mount_id(mount.path, self._proc) != mount.mount_id:
-                    why = why or "another mount hides it"
-                    continue
-                fs = os.statvfs(mount.path)
-            except OSError as error:
-                why = os.strerror(error.errno or 0)
-                continue
-            used = fs.f_blocks - fs.f_bfree
-            share = percent(used, used + fs.f_bavail)
-            if share is not None:
-                free = fs.f_bavail * fs.f_frsize
-                return {"mount": _printable(mount.path), "used_percent": share, "free_bytes": free}
-        if why:
-            self._missing(f"disk {candidates[0].path}", why)
-        return None
+def read_disk(candidates: Iterable[Mount]) -> dict[str, Any] | None:
+    """Return a row of system.disks, of the first of a device's mounts that can be read.
+
+    None if it has no size, or is full because it is made that way (squashfs, iso9660, an
+    overlay on them): read-only, without a free block. Raises OSError if no mount can be read.
+    """
+    problem: OSError | None = None
+    for mount in candidates:
+        try:
+            fs = os.statvfs(mount.path)
+        except OSError as error:
+            problem = problem or error
+            continue
+        used = fs.f_blocks - fs.f_bfree
+        share = percent(used, used + fs.f_bavail)
+        if share is None or (fs.f_bfree == 0 and "ro" in mount.options):
+            return None
+        free = fs.f_bavail * fs.f_frsize
+        return {"mount": _printable(mount.path), "used_percent": share, "free_bytes": free}
+    raise problem or FileNotFoundError
+
+
+def read_disk_of(path: str, table: MountTable) -> dict[str, Any]:
+    """Read the file system that a path is on; raises OSError if it does not count."""
+    if row := read_disk([table.find(path)]):
+        return row
+    raise OSError(errno.EROFS, "it has no size, or is read-only and always full")
+
+
+def parse_diskstats(data: bytes) -> dict[str, tuple[int, int]]:
+    """Return device -> (bytes read, bytes written) of /proc/diskstats, in 512-byte sectors."""
+    rows = (line.split() for line in data.decode("utf-8", "replace").split("\n"))
+    return {row[2]: (int(row[5]) * 512, int(row[9]) * 512) for row in rows if len(row) > 9}
+
+
+# A path of native NVMe multipath (drivers/nvme/host/multipath.c): of nvme0n1, and hidden.
+NVME_PATH = re.compile(r"(nvme\d+)c\d+(n\d+)")
 
 
 class DiskIoReader:
     """Reads what all disks together read and write."""
 
-    def __init__(self, proc: str, sys_root: str, change: Change) -> None:
+    def __init__(self, proc: str, sys_root: str, clock: Callable[[], float]) -> None:
         self._proc = proc
-        self._sys = sys_root
-        self._change = change
-        self._kinds: dict[str, bool] = {}  # path in sysfs -> whether it is a physical disk
+        self._block = f"{sys_root}/block"
+        self._meter = Meter(clock)
 
     def read(self) -> dict[str, Any]:
         counters = parse_diskstats(read_bytes(f"{self._proc}/diskstats"))
-        devices = os.listdir(f"{self._sys}/block")
-        whole = [name for name in counters if name.replace("/", "!") in devices]
-        physical = [name for name in whole if self._is_physical_disk(name)]
-        chosen = {name: counters[name] for name in physical or filter(self._is_base_disk, whole)}
+        devices = os.listdir(self._block)
+        whole = [n for n in counters if n.replace("/", "!") in devices and self._is_base_disk(n)]
+        paths = [name for name in whole if NVME_PATH.fullmatch(name)]
+        visible = [name for name in whole if name not in paths]
+        physical = [name for name in visible if os.path.exists(self._folder(name, "device"))]
+        chosen = set(physical or visible)
+        for path in paths:
+            disk = NVME_PATH.sub(r"\1\2", path)
+            if not any(counters.get(disk, (0, 0))):  # kernels before 6.2 count at the paths alone
+                chosen.add(path)
         if not chosen:
-            raise ValueError(f"no disk in {self._sys}/block")
-        seconds, before = self._change.since("disk_io", chosen)
-        read, written = rate(before, chosen, seconds)
+            raise ValueError(f"no disk in {self._block}")
+        read, written = rates(self._meter.growth({name: counters[name] for name in chosen}))
         return {"disk_read_bytes_sec": read, "disk_write_bytes_sec": written}
 
-    def _is_physical_disk(self, name: str) -> bool:
-        path = f"{self._sys}/block/{name.replace('/', '!')}"
-        if path not in self._kinds:
-            hidden = os.path.exists(f"{path}/hidden") and read_bytes(f"{path}/hidden")[:1] == b"1"
-            self._kinds[path] = os.path.exists(f"{path}/device") and not hidden
-        return self._kinds[path] and self._is_base_disk(name)
+    def _folder(self, device: str, name: str) -> str:
+        return f"{self._block}/{device.replace('/', '!')}/{name}"
 
     def _is_base_disk(self, name: str) -> bool:
         """Tell whether nothing lies below a device: no dm-, md, loop, zram or ram disk."""
-        slaves = f"{self._sys}/block/{name.replace('/', '!')}/slaves"
+        slaves = self._folder(name, "slaves")
         stacked = os.path.isdir(slaves) and bool(os.listdir(slaves))
         return not stacked and not name.startswith(("dm-", "md", "loop", "zram", "ram"))
+
+
+# linux/if_arp.h: TUNNEL, TUNNEL6, SIT, IPGRE, IP6GRE, and NONE for tun and WireGuard. The ports
+# of a DSA switch have hardware behind them, but all goes through their conduit.
+UPPER = re.compile(rb"^((768|769|776|778|823|65534)|DEVTYPE=(vxlan|geneve|dsa))$", re.MULTILINE)
+
+
+def _is_upper(base: str, name: str) -> bool:
+    """Tell whether what an interface carries goes through another one too, and counts there.
+
+    That is not so if it is the other's master, as a paravirtual interface is (Azure, Hyper-V).
+    """
+    folder = f"{base}/{name}"
+    try:
+        lower = [e.removeprefix("lower_") for e in os.listdir(folder) if e.startswith("lower_")]
+        has_device = os.path.exists(f"{folder}/device")
+        if any(not (has_device and os.path.exists(f"{base}/{n}/master")) for n in lower):
+            return True
+        facts = read_bytes(f"{folder}/type") + read_bytes(f"{folder}/uevent")
+        return UPPER.search(facts) is not None
+    except OSError:
+        return False
 
 
 class NetworkReader:
     """Reads what goes over the interfaces: `names`, or those of choose_interfaces()."""
 
     def __init__(
-        self, sys_root: str, names: tuple[str, ...] | None, change: Change, missing: Missing
+        self, sys_root: str, names: tuple[str, ...] | None, clock: Callable[[], float],
+        missing: Missing,
     ) -> None:
         self._sys = sys_root
         self._names = names
-        self._change = change
+        self._meter = Meter(clock)
         self._missing = missing
 
     def read(self) -> dict[str, Any]:
@@ -2576,8 +2581,7 @@ class NetworkReader:
         if not names:
             raise ValueError("no interface but lo, or none of NET_INTERFACES")
         chosen = {n: (counters[n].bytes_recv, counters[n].bytes_sent) for n in names}
-        seconds, before = self._change.since("network", chosen)
-        received, sent = rate(before, chosen, seconds)
+        received, sent = rates(self._meter.growth(chosen))
         return {
             "net_rx_bytes_sec": received,
             "net_tx_bytes_sec": sent,
@@ -2602,7 +2606,7 @@ def choose_interfaces(base: str, present: Iterable[str]) -> list[str]:
     hardware = [
         name
         for name in present
-        if os.path.exists(f"{base}/{name}/device")
+        if os.path.exists(f"{base}/{name}/device") and not _is_upper(base, name)
         # the hidden twin of a paravirtual interface (Azure, Hyper-V) counts in its master
         and not os.path.exists(f"{base}/{name}/master/device")
     ]
@@ -2610,7 +2614,7 @@ def choose_interfaces(base: str, present: Iterable[str]) -> list[str]:
         return hardware
     others = [name for name in present if name != "lo"]
     # ... but a tunnel may be the only way out of a container
-    lower = [name for name in others if not _is_upper(f"{base}/{name}")] or others
+    lower = [name for name in others if not _is_upper(base, name)] or others
     # What goes through a bridge's port, to a container say, came in by another interface,
     # unless all are in bridges.
     return [name for name in lower if not os.path.exists(f"{base}/{name}/master")] or lower
@@ -2627,7 +2631,13 @@ class ProcessStat(NamedTuple):
     state: str
     ppid: int
     cpu_ticks: int  # user + system
+    threads: int
     start_ticks: int  # since boot: with the pid, the identity of a process
+
+    @property
+    def is_dead(self) -> bool:
+        """Tell whether it has ended; a main thread may end, and others of the process run on."""
+        return self.state in "ZXx" and self.threads <= 1
 
 
 def parse_stat(data: bytes) -> ProcessStat:
@@ -2639,7 +2649,7 @@ def parse_stat(data: bytes) -> ProcessStat:
         raise ValueError("torn /proc/PID/stat")
     return ProcessStat(
         int(pid), comm.decode("utf-8", "replace"), fields[0].decode("ascii", "replace"),
-        int(fields[1]), int(fields[11]) + int(fields[12]), int(fields[19]),
+        int(fields[1]), int(fields[11]) + int(fields[12]), int(fields[17]), int(fields[19]),
     )
 
 
@@ -2647,33 +2657,47 @@ def age_s(process: ProcessStat) -> float:
     return time.clock_gettime(time.CLOCK_BOOTTIME) - process.start_ticks / CLOCK_TICKS
 
 
-def parse_rss(status: bytes) -> tuple[int, int]:
-    """Return (anonymous, file and shared) resident KiB of /proc/PID/status; a zombie has none."""
-    sizes = dict(re.findall(rb"^(RssAnon|RssFile|RssShmem):\s*(\d+)", status, re.MULTILINE))
-    anon, file, shmem = (int(sizes.get(k, 0)) for k in (b"RssAnon", b"RssFile", b"RssShmem"))
-    return anon, file + shmem
+def parse_statm(statm: bytes) -> tuple[int, int]:
+    """Return (anonymous, file and shared) resident KiB of /proc/PID/statm; a zombie has none."""
+    resident, shared = (int(pages) * PAGE_BYTES // 1024 for pages in statm.split()[1:3])
+    return max(0, resident - shared), shared
+
+
+class Identity(NamedTuple):
+    """The service that a process belongs to, and whether its unit alone says so."""
+
+    service: str | None
+    by_unit: bool = False
+
+
+NOBODY = Identity(None)
 
 
 # A process ended while we looked at it: any other error is ours.
 ENDED = (FileNotFoundError, ProcessLookupError, ValueError)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Known:
     """What was found out about a process."""
 
-    start_ticks: int
-    comm: str
-    service: str | None
-    cgroup: str  # the text of /proc/PID/cgroup, if it belongs to a service
+    process: ProcessStat
     inode: int  # of /proc/PID: the same as long as it is the same process
     since: int  # the sample in which it was first seen
+    cgroup: str  # the text of /proc/PID/cgroup
+    candidates: tuple[str, ...]  # the services whose process it may be, by comm and unit
+    cmdline: bytes | None = None  # None: not needed, or not read yet
+    identity: Identity = NOBODY
+
+    @property
+    def is_unclear(self) -> bool:
+        return bool(self.candidates) and self.cmdline is None and not self.identity.service
 
 
-# A "no" is looked at in each of the first samples, then in every LOOK_AGAINth, the processes
-# in turn: nothing is read of the others. It is asked again if its name has changed, as it does
-# with every title, and if it is Node's. What ran for long before the agent has had its title
-# since then: looking at all of 2,000 eight times would be most of the agent's first minutes.
+# What is no service is looked at in each of the first samples, then in every LOOK_AGAINth, the
+# processes in turn: nothing is read of the others. What ran for long before the agent has had
+# its title since then: looking at all of 2,000 eight times would be most of the agent's first
+# minutes.
 LOOK_AGAIN = 8
 OLD_PROCESS_S = 120
 
@@ -2681,24 +2705,31 @@ OLD_PROCESS_S = 120
 class ProcessTable:
     """Finds the mail services in /proc, one pass for all of them.
 
-    watched: comm -> service, for what WATCH_PROCESSES adds to the built-in ones.
+    worker: reads command lines; watched: (service, comm) of what WATCH_PROCESSES adds.
     """
 
     def __init__(
         self,
         proc: str,
         clock: Callable[[], float],
+        missing: Missing,
+        worker: Worker,
         *,
         cgroup_root: str = "/sys/fs/cgroup",
-        watched: Mapping[str, str] | None = None,
+        watched: Iterable[tuple[str, str]] = (),
     ) -> None:
         self._proc = proc
+        self._clock = clock
+        self._missing = missing
+        self._worker = worker
         self._cgroup_root = cgroup_root
-        self._watched = dict(watched or {})
+        self._watched = {comm: service for service, comm in watched}
         self._services = tuple(dict.fromkeys((*SERVICES, *self._watched.values())))
-        self._change = Change(clock)
-        self._known: dict[int, Known] = {}  # by pid; a yes stays for the same start
+        self._meter = Meter(clock)
+        self._known: dict[int, Known] = {}  # by pid
+        self._node_processes = 0  # those that map Node's program, the services' and beside them
         self._round = 0
+        self._read_at = clock()
 
     def read(self) -> dict[str, dict[str, Any]]:
         """Return service -> {status, pid, memory_mb (MiB), cpu_percent (of one core)}.
@@ -2711,30 +2742,47 @@ class ProcessTable:
             raise PermissionError(
                 errno.EACCES, "other users' processes are hidden (hidepid on /proc)"
             ) from None
-        members: dict[str, list[ProcessStat]] = {service: [] for service in self._services}
-        known: dict[int, Known] = {}
+        self._look()
+        members = self._members()
+        ticks = {(k.process.pid, k.process.start_ticks): (k.process.cpu_ticks,)
+                 for its in members.values() for k in its}
+        grown = self._meter.growth(ticks)
+        self._read_at, seconds = self._clock(), self._clock() - self._read_at
+        unclear = {s for k in self._known.values() if k.is_unclear for s in k.candidates}
+        found = {}
+        for service, its in members.items():
+            row = self._describe(its, seconds, grown)
+            if service in unclear and row["status"] != "running":
+                self._missing(service, "the command line of what may be its process hangs")
+            else:
+                found[service] = row
+        return found
+
+    # - which processes there are
+
+    def _look(self) -> None:
+        """Look at all processes that are new, belong to a service, or are to be asked again."""
         self._round += 1
+        before, self._known = self._known, {}
+        asked: dict[str, int] = {}  # name of the call -> pid
+        calls: dict[str, Callable[[], bytes]] = {}
         for pid, inode in self._list():
-            seen = self._known.get(pid)
+            seen = before.get(pid)
             if seen and seen.inode == inode and self._is_settled(pid, seen):
-                known[pid] = seen
+                self._known[pid] = seen
                 continue
             try:
-                process = parse_stat(read_bytes(f"{self._proc}/{pid}/stat"))
-                found = known[pid] = self._look_up(process, seen, inode)
+                known = self._known[pid] = self._look_at(pid, inode, seen)
             except ENDED:
                 continue
-            if found.service:
-                members[found.service].append(process)
-        self._known = known
-        ticks = {(p.pid, p.start_ticks): p.cpu_ticks for f in members.values() for p in f}
-        seconds, before = self._change.since("cpu", ticks)
-        on_node = sum(len(members[service]) for service in NODE_SERVICES)
-        described = {}
-        for service, its in members.items():
-            share = len(its) / on_node if its and service in NODE_SERVICES else 1.0
-            described[service] = self._describe(its, seconds, before, share)
-        return described
+            if known.candidates:
+                name = f"the command line of process {pid} ({_printable(known.process.comm)})"
+                asked[name] = pid
+                path = self._file(known, "cmdline")
+                calls[name] = functools.partial(read_bytes, path, CMDLINE_LIMIT_BYTES)
+        cmdlines = self._worker.run(calls)
+        for name, pid in asked.items():
+            self._note_cmdline(pid, cmdlines.get(name))
 
     def _list(self) -> list[tuple[int, int]]:
         """Return (pid, inode of /proc/PID) of all processes; nothing of them is read."""
@@ -2743,86 +2791,126 @@ class ProcessTable:
 
     def _is_settled(self, pid: int, known: Known) -> bool:
         is_old = self._round - known.since >= LOOK_AGAIN
-        return known.service is None and is_old and (self._round + pid) % LOOK_AGAIN != 0
+        is_clear = not known.identity.service and not known.is_unclear
+        return is_clear and is_old and (self._round + pid) % LOOK_AGAIN != 0
 
-    def _look_up(self, process: ProcessStat, known: Known | None, inode: int) -> Known:
+    def _look_at(self, pid: int, inode: int, seen: Known | None) -> Known:
+        """Read what never blocks: all but the command line."""
+        process = parse_stat(read_bytes(f"{self._proc}/{pid}/stat"))
         since = self._round
-        if known and known.start_ticks == process.start_ticks:
-            since = known.since
-            is_same = known.comm == process.comm and process.comm not in ASKED_AGAIN
-            if known.service or is_same:
-                return known if known.inode == inode else dataclasses.replace(known, inode=inode)
+        if seen and seen.process.start_ticks == process.start_ticks:
+            if seen.process.comm == process.comm:
+                seen.process, seen.inode = process, inode
+                return seen
+            since = seen.since
         elif age_s(process) > OLD_PROCESS_S:
             since -= LOOK_AGAIN
-        folder = f"{self._proc}/{process.pid}"
-        cgroup = os.fsdecode(read_bytes(f"{folder}/cgroup"))
-        service = classify(
-            process.comm,
-            read_bytes(f"{folder}/cmdline", CMDLINE_LIMIT_BYTES),
-            exe=read_link(f"{folder}/exe"),
-            cwd=read_link(f"{folder}/cwd"),
-            cgroup=cgroup,
-            state=process.state,
-        ) or self._watched.get(process.comm)
-        kept = cgroup if service else ""
-        return Known(process.start_ticks, process.comm, service, kept, inode, since)
+        cgroup = sys.intern(os.fsdecode(read_bytes(f"{self._proc}/{pid}/cgroup")))
+        candidates = candidates_of(process.comm, cgroup)
+        watched = Identity(None if candidates else self._watched.get(process.comm))
+        return Known(process, inode, since, cgroup, candidates, identity=watched)
+
+    def _note_cmdline(self, pid: int, cmdline: bytes | Exception | None) -> None:
+        """Take in what the worker brought of a process; None if the reading hangs."""
+        known, comm = self._known[pid], self._known[pid].process.comm
+        if isinstance(cmdline, ENDED):
+            del self._known[pid]
+        elif isinstance(cmdline, Exception):
+            raise cmdline
+        elif known.cmdline is None or (cmdline and cmdline != known.cmdline):
+            # Of one that hangs the name has to tell. One that has died has no command line:
+            # what is known of it remains.
+            known.cmdline, known.identity = cmdline, identify(comm, cmdline or b"", known.cgroup)
+            if not known.identity.service and cmdline is not None:
+                known.identity = Identity(self._watched.get(comm))
+
+    def _members(self) -> dict[str, list[Known]]:
+        """Return service -> its processes.
+
+        A unit that holds a process with the service's own title or script holds no other one
+        that the unit alone tells of: those are helpers.
+        """
+        ours = [known for known in self._known.values() if known.identity.service]
+        own = {(k.identity.service, k.cgroup) for k in ours
+               if not k.identity.by_unit and not k.process.is_dead}
+        members: dict[str, list[Known]] = {service: [] for service in self._services}
+        places = {k.cgroup for k in ours if k.identity.service in NODE_SERVICES}
+        self._node_processes = sum(
+            k.identity.service in NODE_SERVICES
+            or (k.cgroup in places and NODE_COMM.match(k.process.comm) is not None)
+            for k in self._known.values()
+        )
+        for known in ours:
+            if not known.identity.by_unit or (known.identity.service, known.cgroup) not in own:
+                members[str(known.identity.service)].append(known)
+        return members
+
+    # - what they use
 
     def _describe(
-        self,
-        found: list[ProcessStat],
-        seconds: float,
-        before: Mapping[tuple[int, int], int],
-        share: float,
+        self, its: list[Known], seconds: float, grown: Mapping[tuple[int, int], Growth | None]
     ) -> dict[str, Any]:
+        found = [known.process for known in its]
         if not found:
             return {"status": "not_found", "pid": None, "memory_mb": 0, "cpu_percent": 0}
-        pids = {p.pid for p in found}
-        mains = [p for p in found if p.ppid not in pids] or found
-        main = min(mains, key=lambda p: (p.start_ticks, p.pid))
-        used = 0
+        pids = {process.pid for process in found}
+        alive = [p for p in found if not p.is_dead] or found
+        main = min(alive, key=lambda p: (p.ppid in pids, p.start_ticks, p.pid))
+        used = 0.0
         for process in found:
-            # One that started since the last reading used all its time since then.
-            base = 0 if age_s(process) < seconds else process.cpu_ticks
-            used += process.cpu_ticks - before.get((process.pid, process.start_ticks), base)
+            key = process.pid, process.start_ticks
+            if growth := grown.get(key):
+                used += growth[1][0] / growth[0] if growth[0] > 0 else 0
+            elif key not in grown and age_s(process) < seconds:
+                used += process.cpu_ticks / seconds  # all of it since the last reading
+        is_stopped = main.is_dead or main.state in "Tt"
         return {
-            "status": "stopped" if main.state in "TtZXx" else "running",
+            "status": "stopped" if is_stopped else "running",
             "pid": main.pid,
-            "memory_mb": round(self._memory_kib(pids, share) / 1024, 1),
-            "cpu_percent": round(100 * used / CLOCK_TICKS / seconds, 1) if seconds > 0 else 0.0,
+            "memory_mb": round(self._memory_kib(its) / 1024, 1),
+            "cpu_percent": round(100 * used / CLOCK_TICKS, 1),
         }
 
-    def _memory_kib(self, pids: set[int], share: float) -> int:
+    def _memory_kib(self, its: list[Known]) -> int:
         """Return what the processes hold, with the pages that they share counted once.
 
         The sum of PSS would be it, but needs privileges. What their cgroup accounts for comes
         near it; where they have none of their own, the sum of the anonymous pages and the
         largest share of file and shared ones does.
-
-        share: the part of the service in the use of its program, next to other services.
         """
-        anon_sum = anon_max = shared_max = 0
-        for pid in pids:
-            try:
-                anon, shared = parse_rss(read_bytes(f"{self._proc}/{pid}/status"))
-            except ENDED:
-                continue
-            anon_sum += anon
-            anon_max = max(anon_max, anon)
-            shared_max = max(shared_max, shared)
-        cgroups = {self._known[pid].cgroup for pid in pids}
-        accounts = [self._cgroup_kib(cgroup, pids) for cgroup in cgroups]
+        held: dict[int, tuple[int, int]] = {}  # pid -> anonymous, shared
+        for known in its:
+            with contextlib.suppress(*ENDED):
+                held[known.process.pid] = parse_statm(read_bytes(self._file(known, "statm")))
+        anon_max = max((anon for anon, _ in held.values()), default=0)
+        shared_max = max((shared for _, shared in held.values()), default=0)
+        is_node = its[0].identity.service in NODE_SERVICES
+        share = len(its) / self._node_processes if is_node else 1.0
+        program = int(max(0, shared_max - COMMON_LIBRARIES_KIB) * share)
+        cgroups = {known.cgroup for known in its}
+        accounts = [self._cgroup_kib(cgroup, held.keys()) for cgroup in cgroups]
         own = [account for account in accounts if account]
         anon = sum(kib for kib, _ in own)
         # Pages stay with the cgroup that they were first charged to: one that does not even
         # hold the largest process' own pages is not where this service's memory is, ...
         if len(own) < len(accounts) or anon < 0.9 * anon_max:
-            return anon_sum + shared_max
+            parents = {k.process.pid: k.process.ppid for k in its if not is_node}
+            # A child that a native server forks has its parent's pages; Node starts programs.
+            common = {pid: held[ppid][0] for pid, ppid in parents.items() if ppid in held}
+            return program + sum(max(0, kib - common.get(pid, 0)) for pid, (kib, _) in held.items())
         # ... and that of a service that was started again lacks its program (40 MiB of Node),
         # read by the run before or by another service. What they map tells it.
-        program = max(0, shared_max - COMMON_LIBRARIES_KIB) * share
-        return int(anon + max(program, sum(kib for _, kib in own)))
+        return anon + max(program, sum(kib for _, kib in own))
 
-    def _cgroup_kib(self, cgroup: str, pids: set[int]) -> tuple[int, int] | None:
+    def _file(self, known: Known, name: str) -> str:
+        """Return the path of a file below /proc/PID; of another thread if the main one ended."""
+        folder = f"{self._proc}/{known.process.pid}"
+        if known.process.state == "Z" and not known.process.is_dead:
+            with contextlib.suppress(OSError):
+                folder += f"/task/{max(os.listdir(f'{folder}/task'), key=int)}"
+        return f"{folder}/{name}"
+
+    def _cgroup_kib(self, cgroup: str, pids: Set[int]) -> tuple[int, int] | None:
         """Return (anonymous, mapped) KiB of a cgroup, None if it is not these pids' alone."""
         try:
             folder, keys = memory_cgroup(cgroup, self._cgroup_root)
@@ -2839,16 +2927,9 @@ class ProcessTable:
             return None
 
 
-# What RssFile holds of libc, OpenSSL and the like, which other programs map too.
+# What a process maps of libc, OpenSSL and the like, which other programs map too.
 COMMON_LIBRARIES_KIB = 6 * 1024
 CMDLINE_LIMIT_BYTES = 4096
-
-
-def read_link(path: str) -> str | None:
-    try:
-        return os.readlink(path)
-    except OSError:
-        return None  # another user's process, or it ended
 
 
 def memory_cgroup(cgroup: str, root: str) -> tuple[str, tuple[bytes, bytes]]:
@@ -2858,7 +2939,7 @@ def memory_cgroup(cgroup: str, root: str) -> tuple[str, tuple[bytes, bytes]]:
     it is the machine's, and goes when memory is needed.
     """
     paths = {}
-    for line in cgroup.splitlines():
+    for line in filter(None, cgroup.split("\n")):
         _, controllers, path = line.split(":", 2)
         paths.update(dict.fromkeys(controllers.split(","), path))
     if "memory" in paths:  # v1, or the hybrid of both
@@ -2869,30 +2950,7 @@ def memory_cgroup(cgroup: str, root: str) -> tuple[str, tuple[bytes, bytes]]:
 # --- services ----------------------------------------------------------------------------
 
 SERVICES = ("zonemta", "wildduck", "haraka", "rspamd", "redis", "mongodb")
-
-# `auto` takes the first of these services that runs: (service, role).
-ROLE_ORDER = (
-    ("wildduck", "wildduck"),
-    ("zonemta", "zonemta-outbound"),
-    ("haraka", "haraka"),
-    ("rspamd", "rspamd"),
-    ("mongodb", "mongodb"),
-    ("redis", "redis"),
-)
-ROLE_RANK = [role for _, role in ROLE_ORDER] + ["unknown"]
-
-# The ports that matter on a node, by its role; CHECK_PORTS overrides.
-MAIL_PORTS = (25, 587, 993, 995, 12080, 11334)
-ROLE_PORTS = {
-    "wildduck": MAIL_PORTS,
-    "zonemta-outbound": (587, 12080),
-    "zonemta-local": (587, 12080),
-    "haraka": (25,),
-    "rspamd": (11334,),
-    "redis": (6379,),
-    "mongodb": (27017,),
-    "unknown": MAIL_PORTS,
-}
+NODE_SERVICES = ("zonemta", "wildduck", "haraka")  # their processes share Node's program
 
 # Native servers keep the name of their program: comm -> service.
 SERVICE_COMMS = {
@@ -2901,39 +2959,50 @@ SERVICE_COMMS = {
     "valkey-server": "redis",
     "mongod": "mongodb",
 }
-# Not a server, whatever its comm: redis-sentinel is redis' own program, but stores nothing ...
-NOT_THE_SERVER = re.compile(r".* \[sentinel\]|--sentinel")
-# ... and a script's comm is the script's name; the interpreter shows in its first argument.
-INTERPRETER = re.compile(r"(.*/)?(busybox|env|[a-z]*sh|(python|perl|ruby|lua|node)[\d.]*)")
+# A binary with a version behind its name, as it shows in the title; comm has 15 bytes of it.
+RENAMED_REDIS = re.compile(r"(?:.*/)?((?:redis|valkey)-server[-.\d]+)(?: .*)?")
+# Not a server, whatever its comm: redis-sentinel is redis' own program, but stores nothing.
+NOT_THE_SERVER = re.compile(
+    r".*\[sentinel\].*|--sentinel|--test-memory|--check-system|--config-test|-t|--shutdown"
+)
 
 # Node's services set process.title: cmdline is one string, cut to what the original arguments
 # had room for, and comm is its first 15 bytes (uv_set_process_title). Pattern -> service.
 SERVICE_TITLES = (
     (re.compile(r"wilddu(c|ck|ck [mw]\w{0,5})?"), "wildduck"),
-    (re.compile(r"zone-m(t|ta|ta: .*)?|[^:]+: (master process|(receiver|sender)/\S+)"), "zonemta"),
+    (re.compile(r"zone-m(t|ta|ta: .*)?"), "zonemta"),
     (re.compile(r"Haraka (\(|cn=).*"), "haraka"),
 )
 # Without a title, the script tells. Pattern of the path -> service.
+ZONEMTA_CHILD = re.compile(r"(.*/)?services/(receiver|sender)\.js")
 SERVICE_SCRIPTS = (
     (re.compile(r"(.*/)?wildduck(/(server|worker)(\.js)?)?"), "wildduck"),
     (re.compile(r"(.*/)?zone-?mta(/((app|index)(\.js)?|services/(receiver|sender)\.js))?"),
      "zonemta"),
-    (re.compile(r"(.*/)?(\.?bin/haraka|Haraka(/haraka(\.js)?)?)"), "haraka"),
+    (re.compile(r"(.*/)?(\.?bin/haraka|Haraka(/haraka(\.js)?)?|haraka/haraka(\.js)?)"), "haraka"),
 )
-# Without either, the systemd unit does, for Node's processes. Name -> service.
+# Without either, the systemd unit does: for a title of the administrator's own, which is padded
+# with NULs or has a colon, and for a script whose name says nothing. Name -> service.
 SERVICE_UNITS = {"wildduck": "wildduck", "zone-mta": "zonemta", "zonemta": "zonemta",
                  "haraka": "haraka"}
 UNIT = re.compile(r"/([^/@\n]+)(@[^/\n]*)?\.service(?=/|$)", re.MULTILINE)
+OWN_TITLE = re.compile(r"[^:]+:( .*)?")
+UNIT_SCRIPT = re.compile(r"(?!.*node_modules/)(.*/)?(server|worker|index|app|haraka)(\.js)?|\.")
 
-NODE_SERVICES = ("zonemta", "wildduck", "haraka")  # their processes share Node's program
-NODE_COMMS = frozenset(("node", "nodejs", "MainThread", "node-MainThread"))  # 22, 24 and 26
-# A "no" may become a "yes" with the same name: a title is set, a wrapper calls exec().
-ASKED_AGAIN = NODE_COMMS | SERVICE_COMMS.keys()
-NODE_PROGRAM = re.compile(r"(.*/)?node(js)?[\d.-]*( \(deleted\))?")
-NODE_TOOLS = re.compile(r"(npm|npx|pnpm|yarn|PM2)\b.*")
-NODE_OPTIONS_WITH_VALUE = frozenset(
-    "-r --require --import --loader --experimental-loader -C --conditions --title".split()
+NODE_COMM = re.compile(  # of Node, from version 22 on (node-)MainThread, and of its tools
+    r"(node(js)?|(node-)?MainThread)$|node |(npm|npx|pnpm|yarn|PM2|pm2|nodemon|forever)\b"
 )
+NODE_TOOLS = re.compile(
+    r"(npm|npx|pnpm|yarn|corepack|PM2|pm2|nodemon|forever|concurrently|cross-env|dotenv)\b.*"
+)
+NODE_OPTIONS_WITH_VALUE = frozenset(
+    "-r --require --import --loader --experimental-loader -C --conditions --title --input-type "
+    "--env-file --env-file-if-exists --icu-data-dir --openssl-config --redirect-warnings "
+    "--diagnostic-dir --inspect-port --debug-port --disable-warning --unhandled-rejections "
+    "--dns-result-order --max-http-header-size --tls-cipher-list --tls-keylog".split()
+)
+# With these, Node runs no script, or watches another process that does.
+NODE_NOT_SERVING = re.compile(r"-[a-z]*[epc]|--(eval|print|check|test|run|watch).*")
 # What makes `haraka` or `zone-mta` do something else than serve.
 NOT_SERVING = frozenset(
     "-h --help -v --version -l --list -i --install -p --plugin -o --order -t --test "
@@ -2942,61 +3011,85 @@ NOT_SERVING = frozenset(
 
 
 def classify(
-    comm: str,
-    cmdline: bytes,
-    *,
-    exe: str | None = None,
-    cwd: str | None = None,
-    cgroup: str = "",
-    state: str = "S",
+    comm: str, cmdline: bytes, *, cgroup: str = "", state: str = "S"
 ) -> str | None:
-    """Return the service that a process belongs to, or None.
+    """Return the service that a process belongs to, or None, by what every user can read.
 
-    cmdline holds the raw bytes of /proc/PID/cmdline, cgroup the text of /proc/PID/cgroup. An
-    unprivileged reader has neither exe nor cwd. A zombie has no cmdline: its comm decides.
+    cmdline holds the raw bytes of /proc/PID/cmdline, cgroup the text of /proc/PID/cgroup. A
+    zombie has no cmdline: its comm decides.
     """
-    raw = cmdline.decode("utf-8", "replace") if state != "Z" else comm
+    return identify(comm, b"" if state == "Z" else cmdline, cgroup).service
+
+
+def identify(comm: str, cmdline: bytes, cgroup: str = "") -> Identity:
+    raw = cmdline.decode("utf-8", "replace")
     args = raw.rstrip("\0").split("\0")
-    if comm in SERVICE_COMMS:
-        is_script = INTERPRETER.fullmatch(args[0]) and args[0] != comm
-        is_other = any(NOT_THE_SERVER.fullmatch(arg) for arg in args)
-        return None if is_script or is_other else SERVICE_COMMS[comm]
-    has_title = len(args) == 1 and args[0] != "" and args[0][:15].rstrip() == comm.rstrip()
-    if exe is not None and not NODE_PROGRAM.fullmatch(exe):
-        return None
-    if has_title:
-        found = first_match(SERVICE_TITLES, args[0])
-        if found or NODE_TOOLS.fullmatch(args[0]):
-            return found
-        if args[0].startswith("node "):
-            args = args[0].split(" ")  # PM2 writes the command line into the title
-        elif not raw.endswith("\0\0") and len(args[0]) <= 15:
-            return None  # a program without arguments, not a title that was cut or padded
-    elif comm not in NODE_COMMS:
-        return None
-    script = script_of(args)
-    found = first_match(SERVICE_SCRIPTS, os.path.normpath(os.path.join(cwd or "", script)))
-    if NOT_SERVING.intersection(args):
-        return None
-    units = [SERVICE_UNITS.get(name.lower()) for name, _ in UNIT.findall(cgroup)]
-    return found or next(filter(None, units), None)
+    if args == [""]:  # it has ended, or cannot be read: the name is all there is
+        args = [comm]
+    if service := native_service(comm, args[0]):
+        is_other = is_script(comm, args) or any(NOT_THE_SERVER.fullmatch(arg) for arg in args)
+        return NOBODY if is_other else Identity(service)
+    unit = next(iter(unit_services(cgroup)), None)
+    if len(args) == 1 and args[0][:15].rstrip() == comm.rstrip():
+        title = args[0]
+        if NODE_TOOLS.fullmatch(title):
+            return NOBODY
+        if service := first_match(SERVICE_TITLES, title):
+            return Identity(service)
+        if not title.startswith("node "):
+            is_title = raw.endswith("\0\0") or OWN_TITLE.fullmatch(title)
+            return Identity(unit, by_unit=True) if unit and is_title else NOBODY
+        args = title.split(" ")  # PM2 writes the command line into the title
+    elif not NODE_COMM.match(comm):
+        return NOBODY
+    script, arguments = script_of(args)
+    service = first_match(SERVICE_SCRIPTS, os.path.normpath(script)) if script else None
+    if service and not NOT_SERVING.intersection(arguments):
+        return Identity(service, by_unit=bool(unit and ZONEMTA_CHILD.fullmatch(script)))
+    is_in_unit = unit and not service and UNIT_SCRIPT.fullmatch(script)
+    return Identity(unit, by_unit=True) if is_in_unit else NOBODY
+
+
+def candidates_of(comm: str, cgroup: str) -> tuple[str, ...]:
+    """Return the services whose process this may be: whether its command line is worth reading."""
+    named = native_service(comm, comm) or first_match(SERVICE_TITLES, comm)
+    if named:
+        return (named,)
+    return NODE_SERVICES if NODE_COMM.match(comm) else unit_services(cgroup)
+
+
+def native_service(comm: str, program: str) -> str | None:
+    renamed = RENAMED_REDIS.fullmatch(program)
+    is_renamed = renamed and renamed[1][:15] == comm
+    return "redis" if is_renamed else SERVICE_COMMS.get(comm)
+
+
+def is_script(comm: str, args: list[str]) -> bool:
+    """Tell whether comm is the name of a script: its interpreter is the first argument then."""
+    names = [os.path.basename(arg)[:15] for arg in args]
+    return names[0] != comm and comm in names[1:]
+
+
+def unit_services(cgroup: str) -> tuple[str, ...]:
+    found = (SERVICE_UNITS.get(name.lower()) for name, _ in UNIT.findall(cgroup))
+    return tuple(dict.fromkeys(filter(None, found)))
 
 
 def first_match(table: Iterable[tuple[re.Pattern[str], str]], text: str) -> str | None:
     return next((service for pattern, service in table if pattern.fullmatch(text)), None)
 
 
-def script_of(args: list[str]) -> str:
-    """Return the script of a Node command line, "" if it has none."""
+def script_of(args: list[str]) -> tuple[str, list[str]]:
+    """Return the script of a Node command line, "" if it runs none itself; and its arguments."""
     rest = iter(args[1:])
     for arg in rest:
         if not arg.startswith("-"):
-            return arg
-        if arg in ("-e", "--eval", "-p", "--print"):
-            return ""
+            return arg, list(rest)
+        if NODE_NOT_SERVING.fullmatch(arg):
+            return "", []
         if arg in NODE_OPTIONS_WITH_VALUE:
             next(rest, None)
-    return ""
+    return "", []
 
 
 # --- sockets -----------------------------------------------------------------------------
@@ -3006,7 +3099,7 @@ NETLINK_SOCK_DIAG = 4
 TCPDIAG_GETSOCK = 18  # the legacy request: one dump holds both address families
 NLM_F_REQUEST_DUMP = 0x301
 NLMSG_ERROR, NLMSG_DONE = 2, 3
-TCP_ESTABLISHED, TCP_FIN_WAIT2, TCP_CLOSE_WAIT, TCP_LISTEN = 1, 5, 8, 10
+TCP_ESTABLISHED, TCP_FIN_WAIT2, TCP_TIME_WAIT, TCP_CLOSE_WAIT, TCP_LISTEN = 1, 5, 6, 8, 10
 TIMEWAIT_TIMER = 3  # idiag_timer of a socket that only waits to be forgotten
 NETLINK_LIMIT_S = 3.0
 
@@ -3032,6 +3125,21 @@ def dump_tcp(*states: int) -> Iterator[memoryview]:
                     raise OSError(code, os.strerror(code))
                 yield data[16:length]
                 data = data[(length + 3) & ~3 or len(data) :]
+
+
+def tcp_rows(proc: str) -> Iterator[tuple[int, bytes, bytes]]:
+    """Yield (state, local address, accept queue) of each row of /proc/net/tcp and tcp6.
+
+    For kernels without sock_diag: it costs time for each socket that there is.
+    """
+    for name in ("tcp", "tcp6"):
+        if name == "tcp6" and not os.path.exists(f"{proc}/net/tcp6"):
+            return  # IPv6 is off
+        with open(f"{proc}/net/{name}", "rb") as rows:
+            for row in rows:
+                columns = row.split(None, 5)
+                if columns[3] != b"st":  # the names of the columns
+                    yield int(columns[3], 16), columns[1], columns[4].rpartition(b":")[2]
 
 
 class TcpCensus(NamedTuple):
@@ -3067,7 +3175,10 @@ class TcpCounter:
         self._includes_close_wait: bool | None = None
 
     def read(self) -> dict[str, Any]:
-        census = self.census()
+        try:
+            census = self.census()
+        except OSError:
+            return self._count_rows()
         counts: dict[str, Any] = {
             "tcp_established": census.established, "tcp_close_wait": census.close_wait,
         }
@@ -3077,6 +3188,13 @@ class TcpCounter:
         except READ_ERRORS as error:
             self._missing("tcp_time_wait", _reason(error))
         return counts
+
+    def _count_rows(self) -> dict[str, Any]:
+        states = Counter(state for state, _, _ in tcp_rows(self._proc))
+        return {
+            "tcp_established": states[TCP_ESTABLISHED], "tcp_close_wait": states[TCP_CLOSE_WAIT],
+            "tcp_time_wait": states[TCP_TIME_WAIT],
+        }
 
     def census(self) -> TcpCensus:
         census = self._count(TCP_CLOSE_WAIT, TCP_FIN_WAIT2)
@@ -3152,41 +3270,210 @@ def _is_connected(sock: socket.socket) -> bool:
         return False
 
 
-def check_by_listener(host: str, ports: Iterable[int]) -> dict[int, bool]:
-    """Ask the kernel for listeners that serve this address; a full accept queue counts as down."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    wanted = socket.inet_pton(family, host)
-    result = dict.fromkeys(ports, False)
-    for message in dump_tcp(TCP_LISTEN):
-        # struct inet_diag_msg: family, .., id.sport (big endian) at 4, id.src at 8,
-        # rqueue (the accept queue) at 56, wqueue (its limit) at 60, attributes from 72
-        port = struct.unpack_from("!H", message, 4)[0]
-        queued, limit = struct.unpack_from("=II", message, 56)
-        if port in result and queued <= limit and _serves(message, family, wanted):
-            result[port] = True
-    return result
+class Listener(NamedTuple):
+    """A TCP socket that listens."""
+
+    address: bytes  # in network byte order, 4 or 16 bytes
+    port: int
+    queued: int  # connections that the daemon has not accepted
+    limit: float  # how many there may be; inf where the kernel does not say
+    is_v6only: bool = False
+
+    def serves(self, wanted: bytes) -> bool:
+        if len(self.address) == 16 and len(wanted) == 4:
+            is_any = not any(self.address) and not self.is_v6only
+            return is_any or self.address == IPV4_MAPPED + wanted
+        return self.address in (wanted, bytes(len(wanted)))
 
 
-INET_DIAG_SKV6ONLY = 11  # linux/inet_diag.h
 IPV4_MAPPED = bytes(10) + b"\xff\xff"
+INET_DIAG_SKV6ONLY = 11  # linux/inet_diag.h
 
 
-def _serves(message: memoryview, family: int, wanted: bytes) -> bool:
-    bound = bytes(message[8 : 8 + len(wanted)])
-    if message[0] == family:
-        return bound == wanted or not any(bound)
-    if message[0] != socket.AF_INET6:
-        return False
-    if any(message[8:24]):
-        return bytes(message[8:24]) == IPV4_MAPPED + wanted
-    # An IPv6 wildcard serves IPv4 too, unless IPV6_V6ONLY is set.
-    attributes = message[72:]
+def listeners(proc: str) -> list[Listener]:
+    """Return the listening sockets of both families."""
+    try:
+        return [parse_listener(message) for message in dump_tcp(TCP_LISTEN)]
+    except OSError:
+        return [
+            Listener(_address(local), int(local.rpartition(b":")[2], 16), int(queued, 16), math.inf)
+            for state, local, queued in tcp_rows(proc) if state == TCP_LISTEN
+        ]
+
+
+def parse_listener(message: memoryview) -> Listener:
+    # struct inet_diag_msg: family, .., id.sport (big endian) at 4, id.src at 8,
+    # rqueue (the accept queue) at 56, wqueue (its limit) at 60, attributes from 72
+    size = 4 if message[0] == socket.AF_INET else 16
+    port = struct.unpack_from("!H", message, 4)[0]
+    queued, limit = struct.unpack_from("=II", message, 56)
+    is_v6only, attributes = False, message[72:]
     while len(attributes) >= 4:
         length, kind = struct.unpack_from("=HH", attributes)
         if kind == INET_DIAG_SKV6ONLY:
-            return not attributes[4]
+            is_v6only = bool(attributes[4])
         attributes = attributes[(length + 3) & ~3 or len(attributes) :]
-    return True
+    return Listener(bytes(message[8 : 8 + size]), port, queued, limit, is_v6only)
+
+
+def _address(local: bytes) -> bytes:
+    """Return the address in a column of /proc/net/tcp: 32-bit words in the machine's order."""
+    words = bytes.fromhex(local.partition(b":")[0].decode())
+    return b"".join(struct.pack("=I", word) for word, in struct.iter_unpack(">I", words))
+
+
+def check_by_listener(host: str, ports: Iterable[int], proc: str = "/proc") -> dict[int, bool]:
+    """Ask the kernel for listeners that serve this address; a full accept queue counts as down."""
+    wanted = socket.inet_pton(socket.AF_INET6 if ":" in host else socket.AF_INET, host)
+    up = {one.port for one in listeners(proc) if one.queued <= one.limit and one.serves(wanted)}
+    return {port: port in up for port in ports}
+
+
+# --- what runs here ----------------------------------------------------------------------
+
+# In the order in which `auto` takes a node's role from them: service -> role.
+SERVICE_ROLES = {
+    "zonemta": "zonemta-outbound", "wildduck": "wildduck", "haraka": "haraka",
+    "rspamd": "rspamd", "mongodb": "mongodb", "redis": "redis",
+}
+
+# The ports that matter on a node: by its role, else by the services on it.
+MAIL_PORTS = (25, 587, 993, 995, 12080, 11334)
+ROLE_PORTS = {
+    "wildduck": MAIL_PORTS,
+    "zonemta-outbound": (587, 12080),
+    "zonemta-local": (587, 12080),
+    "haraka": (25,),
+    "rspamd": (11334,),
+    "redis": (6379,),
+    "mongodb": (27017,),
+    "unknown": MAIL_PORTS,
+}
+SERVICE_PORTS = {
+    "zonemta": (587, 12080), "haraka": (25,), "rspamd": (11334,), "redis": (6379,),
+    "mongodb": (27017,), "wildduck": (993, 995),
+}
+
+
+def ports_of(role: str, services: Iterable[str]) -> tuple[int, ...]:
+    """Return the ports to check: of a role, else of the service whose name it begins with,
+    else of the services on the node."""
+    if role in ROLE_PORTS:
+        return ROLE_PORTS[role]
+    named = [name for name in SERVICE_PORTS if role.lower().startswith(name)]
+    ports = [port for name in named or services for port in SERVICE_PORTS.get(name, ())]
+    return tuple(dict.fromkeys(ports)) or MAIL_PORTS
+
+
+class Residents:
+    """The services that are at home on this node, by what ran in the samples.
+
+    A service moves in once it has run for 10 minutes, and in the agent's first 10 minutes with
+    the third sample in a row; it has moved out when it was absent for 7 days. What lives for a
+    moment, under whatever name, changes nothing.
+
+    The file `services` holds {service: seconds of absence}. It is written when somebody moves,
+    and now and then while somebody is absent.
+    """
+
+    SETTLED_S, SETTLED_SAMPLES, GONE_S = 600.0, 3, 7 * 86400.0
+    SAVE_EVERY_S = 3600.0
+
+    def __init__(
+        self, folder: str = "", *, clock: Callable[[], float] = time.monotonic,
+        at_once: bool = False,
+    ) -> None:
+        """folder: STATE_DIRECTORY, "" for none; at_once: what runs now is at home."""
+        self._folder = folder
+        self._clock = clock
+        self._at_once = at_once
+        self._started = self._updated = self._saved = clock()
+        self._running: dict[str, tuple[float, int]] = {}  # since when, in how many samples
+        self._absent: dict[str, float] = {}  # the residents; seconds
+        self._is_loaded, self._is_unsaved = not folder, False
+        self._problems = Problems()
+        self._worker = Worker(HANG_LIMIT_S, self._problems)
+
+    def role(self) -> str:
+        """Return the role that `auto` gives; "unknown" while nobody is at home."""
+        return next((SERVICE_ROLES[s] for s in SERVICE_ROLES if s in self._absent), "unknown")
+
+    def services(self) -> list[str]:
+        return [service for service in SERVICE_ROLES if service in self._absent]
+
+    def update(self, running: Mapping[str, bool]) -> None:
+        """Note which services run in this sample; of one that is missing nothing is known."""
+        if self._at_once:
+            self._absent = {service: 0.0 for service, runs in running.items() if runs}
+            return
+        self._load()
+        now, before = self._clock(), set(self._absent)
+        passed, self._updated = now - self._updated, now
+        for service in SERVICE_ROLES.keys() & running.keys():
+            if running[service]:
+                since, samples = self._running.get(service, (now, 0))
+                self._running[service] = since, samples + 1
+                if service in self._absent or self._is_settled(now, since, samples + 1):
+                    self._absent[service] = 0.0
+                continue
+            self._running.pop(service, None)
+            if self._absent.get(service, -passed) + passed > self.GONE_S:
+                del self._absent[service]
+            elif service in self._absent:
+                self._absent[service] += passed
+        self._is_unsaved |= before != set(self._absent)
+        is_late = any(self._absent.values()) and now - self._saved >= self.SAVE_EVERY_S
+        if self._is_loaded and self._folder and (self._is_unsaved or is_late):
+            self._save(now)
+
+    def _is_settled(self, now: float, since: float, samples: int) -> bool:
+        if now - self._started < self.SETTLED_S:
+            return samples >= self.SETTLED_SAMPLES
+        return now - since >= self.SETTLED_S
+
+    def _load(self) -> None:
+        calls = {} if self._is_loaded else {"reading the services of the last run": self._read}
+        for answer in self._worker.run(calls).values():
+            if isinstance(answer, Exception):  # a disk that cannot be read now may be later
+                self._problems.begin("read", "cannot read what ran here before", _reason(answer))
+                continue
+            self._problems.end("read", "what ran here before could be read")
+            self._is_loaded = True
+            self._absent = {**answer, **self._absent}
+
+    def _read(self) -> dict[str, float]:
+        try:
+            saved = json.loads(read_bytes(f"{self._folder}/services", 4096))
+            return {s: float(saved[s]) for s in SERVICE_ROLES if 0 <= saved.get(s, -1) < math.inf}
+        except FileNotFoundError:
+            pass
+        except (ValueError, TypeError, AttributeError, RecursionError):
+            return {}  # damaged: what runs moves in again
+        with contextlib.suppress(FileNotFoundError):  # version 1.0.0 had the role alone
+            role = read_bytes(f"{self._folder}/role", 100).decode("utf-8", "replace").strip()
+            self._is_unsaved = True
+            return {service: 0.0 for service, its in SERVICE_ROLES.items() if its == role}
+        return {}
+
+    def _save(self, now: float) -> None:
+        text = json.dumps({service: round(s) for service, s in self._absent.items()})
+        name = "writing which services run here"
+        answer = self._worker.run({name: functools.partial(self._write, text)}).get(name, self)
+        self._is_unsaved = answer is not None
+        if isinstance(answer, Exception):
+            self._problems.begin("write", "cannot remember which services run here",
+                                 _reason(answer))
+        elif answer is None:
+            self._saved = now
+            self._problems.end("write", "which services run here is remembered again")
+
+    def _write(self, text: str) -> None:
+        path = f"{self._folder}/services"
+        with open(f"{path}.new", "w") as stream:
+            stream.write(text)
+        os.replace(f"{path}.new", path)
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(f"{self._folder}/role")
 
 
 # --- settings ----------------------------------------------------------------------------
@@ -3635,12 +3922,11 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-SERVICE_STATE = "/var/lib/tinomail-agent"  # StateDirectory= of the unit
 
 
 def take_sample(config: Config) -> tuple[Sample, dict[str, float]]:
-    """Take one sample with real rates, in the role that the service has; return its cost too."""
-    collector = Collector(config, role=State(SERVICE_STATE).role())
+    """Take one sample with real rates, in the role of what runs now; return its cost too."""
+    collector = Collector(config, residents=Residents(at_once=True))
     collector.prime()
     time.sleep(PRIME_S)
     wall, cpu = time.monotonic(), time.process_time()

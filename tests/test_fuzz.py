@@ -204,7 +204,8 @@ CLUSTER = b"Haraka (master)\0\0\0"
 # What is parsed -> how, and real contents of it.
 PARSERS: dict[str, tuple[Callable[[bytes], Any], list[bytes]]] = {
     "PID/stat": (agent.parse_stat, [proc("self/stat"), b"7 (a) b) c) S 1 2 3" + b" 4" * 40]),
-    "PID/status": (agent.parse_rss, [proc("self/status")]),
+    "PID/statm": (agent.parse_statm, [proc("self/statm")]),
+    "stat": (agent.parse_cpu_ticks, [proc("stat")]),
     "PID/cmdline": (
         lambda data: agent.classify(text(data[:15]), data),
         [proc("self/cmdline"), CLUSTER, b"node\0/opt/wildduck/server.js\0", b"rspamd: main"],
@@ -218,7 +219,8 @@ PARSERS: dict[str, tuple[Callable[[bytes], Any], list[bytes]]] = {
         [proc("self/cgroup"), b"0::/system.slice/redis.service\n", b"4:memory:/x\n0::/\n"],
     ),
     "mountinfo": (
-        lambda data: agent.local_disks(agent.parse_mountinfo(data)), [proc("self/mountinfo")],
+        lambda data: agent.MountTable(agent.parse_mountinfo(data)).local_disks(),
+        [proc("self/mountinfo")],
     ),
     "diskstats": (agent.parse_diskstats, [proc("diskstats")]),
     "net/sockstat": (agent.parse_time_wait, [proc("net/sockstat")]),

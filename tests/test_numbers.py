@@ -9,6 +9,8 @@ import socket
 import struct
 import subprocess
 import sys
+import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,7 +18,7 @@ from typing import Any
 
 import psutil
 import pytest
-from conftest import KEY, StartAgent, eventually, make_config, v1_only
+from conftest import KEY, FakeClock, StartAgent, eventually, make_config, v1_only
 from dashboard import SYSTEM, Dashboard
 
 import tinomail_agent as agent
@@ -284,20 +286,62 @@ MOUNTINFO = """\
 
 
 def test_local_disks() -> None:
-    disks = agent.local_disks(agent.parse_mountinfo(MOUNTINFO.encode()))
+    disks = agent.MountTable(agent.parse_mountinfo(MOUNTINFO.encode())).local_disks()
     assert {device: [mount.path for mount in found] for device, found in disks.items()} == {
         "254:1": ["/", "/tmp"],
         "254:2": ["/var/mail", "/srv/mail"],
         "0:45": ["/home", "/var/lib"],
         "0:46": ["/tank"],
+        "11:0": ["/media/cdrom"],  # local, but always full: that shows when it is looked at
         "259:7": ["/mnt/with blank\\"],
     }
 
 
 def test_a_container_has_a_root_whatever_it_is() -> None:
     line = b"500 400 0:55 / / rw - overlay overlay rw,lowerdir=/a\n"
-    [[mount]] = agent.local_disks(agent.parse_mountinfo(line)).values()
+    [[mount]] = agent.MountTable(agent.parse_mountinfo(line)).local_disks().values()
     assert (mount.path, mount.fstype) == ("/", "overlay")
+
+
+def disks_of(*lines: str) -> list[str]:
+    table = agent.MountTable(agent.parse_mountinfo("\n".join(lines).encode()))
+    return [mount.path for found in table.local_disks().values() for mount in found]
+
+
+ROOT_ON_DISK = "27 1 254:1 / / rw - ext4 /dev/vda1 rw"
+
+
+def test_what_is_hidden_below_another_mount_is_no_disk() -> None:
+    below = "30 27 8:1 / /srv/mail rw - xfs /dev/sda1 rw"
+    assert disks_of(ROOT_ON_DISK, below) == ["/", "/srv/mail"]
+    assert disks_of(ROOT_ON_DISK, below, "31 30 0:5 / /srv/mail rw - tmpfs none rw") == ["/"]
+    assert disks_of(ROOT_ON_DISK, below, "31 27 0:5 / /srv rw - tmpfs none rw") == ["/"]
+    assert disks_of(ROOT_ON_DISK, "30 27 8:1 / /srv/mail//deleted rw - xfs /dev/sda1 rw") == ["/"]
+
+
+def test_a_root_upon_another_root() -> None:
+    """As an initramfs leaves it, the first its own parent; and a chroot(2) without any."""
+    assert disks_of("1 1 0:2 / / rw - rootfs rootfs rw", ROOT_ON_DISK) == ["/"]
+    assert disks_of("30 27 8:1 / /srv/mail rw - xfs /dev/sda1 rw") == ["/srv/mail"]
+
+
+@pytest.mark.parametrize("fstype", ["nfs4", "9p", "ceph", "fuse.sshfs", "fuseblk", "virtiofs"])
+def test_below_a_remote_root_lie_local_disks(fstype: str) -> None:
+    """All leads through "/". Below any other remote mount the way may hang."""
+    root = f"27 1 0:40 / / rw - {fstype} server:/root rw"
+    disk = "30 27 8:1 / /var/mail rw - xfs /dev/sda1 rw"
+    assert disks_of(root, disk) == ["/var/mail"]
+    far = f"28 27 8:2 / /mnt rw - {fstype} server:/mnt rw"
+    assert disks_of(root, far, "30 28 8:1 / /mnt/mail rw - xfs /dev/sda1 rw") == []
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [("rw,fd=5,timeout=300,minproto=5,direct", ["/"]), ("rw,fd=5,timeout=0,direct", ["/", "/a"])],
+)
+def test_an_automount_with_a_timeout_is_left_alone(options: str, expected: list[str]) -> None:
+    automount = f"30 27 0:9 / /a rw - autofs systemd-1 {options}"
+    assert disks_of(ROOT_ON_DISK, automount, "31 30 8:1 / /a rw - ext4 /dev/sda1 rw") == expected
 
 
 @pytest.mark.parametrize(
@@ -310,17 +354,18 @@ def test_the_mount_of_a_path(
     mounts = agent.parse_mountinfo(MOUNTINFO.encode())
     a_directory = os.lstat("/")
     monkeypatch.setattr(os, "lstat", lambda path: a_directory)
-    assert agent.mount_of(path, mounts).path == expected
+    assert agent.MountTable(mounts).find(path).path == expected
 
 
 def test_a_link_is_followed(tmp_path: Path) -> None:
     (tmp_path / "mail").symlink_to("shm")
     (tmp_path / "shm").symlink_to("/dev/shm")
     mounts = agent.parse_mountinfo(Path("/proc/self/mountinfo").read_bytes())
-    assert agent.mount_of(f"{tmp_path}/mail/", mounts).path == "/dev/shm"
+    table = agent.MountTable(mounts)
+    assert table.find(f"{tmp_path}/mail/").path == "/dev/shm"
     (tmp_path / "round").symlink_to("round")
     with pytest.raises(OSError, match=r"No such file|symbolic links"):
-        agent.mount_of(f"{tmp_path}/round/x", mounts)
+        table.find(f"{tmp_path}/round/x")
 
 
 def test_a_link_into_a_network_file_system_is_not_followed(
@@ -328,7 +373,8 @@ def test_a_link_into_a_network_file_system_is_not_followed(
 ) -> None:
     (tmp_path / "mail").symlink_to("/mnt/nfs/mail")
     mounts = agent.parse_mountinfo(MOUNTINFO.encode())
-    assert agent.mount_of(f"{tmp_path}/mail/joe", mounts).fstype == "nfs4"
+    with pytest.raises(OSError, match="not looked at"):
+        agent.MountTable(mounts).find(f"{tmp_path}/mail/joe")
 
 
 def test_a_path_that_is_not_there_is_said(caplog: pytest.LogCaptureFixture) -> None:
@@ -355,8 +401,6 @@ def test_the_fullest_disk_is_the_one_reported(monkeypatch: pytest.MonkeyPatch) -
 
     mounts = agent.parse_mountinfo(MOUNTINFO.encode())
     monkeypatch.setattr(agent, "parse_mountinfo", lambda _: [m for m in mounts if m.path in sizes])
-    ids = {mount.path: mount.mount_id for mount in mounts}
-    monkeypatch.setattr(agent, "visible_mount_id", lambda path, proc: ids[path])
     monkeypatch.setattr(os, "statvfs", statvfs)
     assert collector.readers["disks"]() == {
         "disk_used_percent": 94.7,  # 900 of 950
@@ -373,13 +417,43 @@ def test_a_network_file_system_is_never_touched(
 ) -> None:
     """Not even when DISK_PATHS asks for it: a server that is away would hang the agent."""
     touched: list[str] = []
-    monkeypatch.setattr(agent, "visible_mount_id", lambda path, proc: touched.append(path))
-    monkeypatch.setattr(os, "lstat", touched.append)
+    monkeypatch.setattr(os, "statvfs", touched.append)
     monkeypatch.setattr(agent, "read_bytes", lambda path: MOUNTINFO.encode())
     collector = agent.Collector(make_config(disk_paths="/mnt/nfs/mail"))
     with pytest.raises(ValueError, match="no local file system"):
         collector.readers["disks"]()
     assert touched == []
+
+
+def test_a_disk_that_hangs_is_no_emptier_disk(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its row and the fullest disk's figures are missing until it answers; the others are there."""
+    mounts = agent.parse_mountinfo(MOUNTINFO.encode())
+    some = [m for m in mounts if m.path in ("/", "/var/mail", "/tank")]
+    monkeypatch.setattr(agent, "parse_mountinfo", lambda _: some)
+    hangs = threading.Event()
+    answers = os.statvfs_result((4096, 4096, 1000, 500, 400, 0, 0, 0, 0, 255))
+
+    def statvfs(path: str) -> os.statvfs_result:
+        if path == "/var/mail":
+            hangs.wait(60)
+        return answers
+
+    monkeypatch.setattr(os, "statvfs", statvfs)
+    collector = agent.Collector(make_config())
+    for _ in range(3):
+        found = collector.readers["disks"]()
+        assert {row["mount"] for row in found["disks"]} == {"/", "/tank"}
+        assert not {"disk_used_percent", "disk_free_bytes"} & found.keys()
+    hangs.set()
+    eventually(lambda: "disk_used_percent" in collector.readers["disks"](), 30)
+    said = [record.getMessage() for record in caplog.records if "hangs" in record.getMessage()]
+    assert said == [
+        "disk /var/mail hangs",
+        "cannot read disk_used_percent: a disk hangs, and may be the fullest; "
+        "it is left out of the samples",
+    ]
 
 
 # --- rates: disks and network, on a made-up /proc and /sys
@@ -411,8 +485,6 @@ def make_machine(folder: Path, **counters: int) -> None:
 
 
 def machine_collector(folder: Path) -> tuple[agent.Collector, Any]:
-    from conftest import FakeClock
-
     clock = FakeClock()
     collector = agent.Collector(
         make_config(), proc=str(folder / "proc"), sys_root=str(folder / "sys"),
@@ -438,20 +510,39 @@ def test_a_counter_that_went_backwards_gives_no_rate(tmp_path: Path) -> None:
     collector, clock = machine_collector(tmp_path)
     collector.readers["disk_io"]()
     clock.advance(10)
-    make_machine(tmp_path, sda_read=10, nvme_read=9000, sda_written=100)
+    make_machine(tmp_path, sda_read=10, nvme_read=9000)
     found = collector.readers["disk_io"]()
-    assert found == {"disk_read_bytes_sec": None, "disk_write_bytes_sec": 5120}
+    assert found == {"disk_read_bytes_sec": None, "disk_write_bytes_sec": None}
     clock.advance(10)
-    assert collector.readers["disk_io"]()["disk_read_bytes_sec"] == 0
+    make_machine(tmp_path, sda_read=30, nvme_read=9000)
+    assert collector.readers["disk_io"]()["disk_read_bytes_sec"] == 20 * 512 // 10
 
 
-def test_no_rate_without_time() -> None:
-    assert agent.rate({"a": (0, 0)}, {"a": (10, 10)}, 0) == (None, None)
+@pytest.mark.parametrize(
+    ("readings", "rates"),
+    [
+        ((1000, 1100, 0, 1300, 1400), [10, None, 10, 10]),  # one bad reading
+        ((1000, 1100, 0, 0, 1400), [10, None, 0, 140]),  # two
+        ((1000, 1100, 50, 150, 250), [10, None, 10, 10]),  # a reset
+        ((1000, 1100, 50, 20, 120), [10, None, None, 10]),  # two resets
+    ],
+)
+def test_one_bad_reading_is_never_the_base(
+    readings: tuple[int, ...], rates: list[int | None]
+) -> None:
+    clock = FakeClock()
+    meter = agent.Meter(clock.monotonic)
+    assert meter.growth({"sda": (readings[0], 0)}) == {}
+    found = []
+    for reading in readings[1:]:
+        clock.advance(10)
+        found.append(agent.rates(meter.growth({"sda": (reading, 0)}))[0])
+    assert found == rates
 
 
-def test_no_rate_without_a_device() -> None:
-    assert agent.rate({}, {}, 10) == (None, None)
-    assert agent.rate({}, {"sda": (5, 5)}, 10) == (None, None)
+def test_no_rate_without_time_or_a_device() -> None:
+    assert agent.rates({"sda": (0.0, [10, 10])}) == (None, None)
+    assert agent.rates({}) == (None, None)
 
 
 def test_no_interface_is_not_zero_traffic() -> None:
@@ -461,9 +552,34 @@ def test_no_interface_is_not_zero_traffic() -> None:
 
 
 def test_a_new_device_does_not_bring_its_past_with_it() -> None:
-    before = {"sda": (100, 100)}
-    after = {"sda": (200, 100), "sdb": (10**12, 10**12)}
-    assert agent.rate(before, after, 10) == (10, 0)
+    clock = FakeClock()
+    meter = agent.Meter(clock.monotonic)
+    meter.growth({"sda": (100, 100)})
+    clock.advance(10)
+    grown = meter.growth({"sda": (200, 100), "sdb": (10**12, 10**12)})
+    assert agent.rates(grown) == (10, 0)
+
+
+@pytest.mark.parametrize("heads_count", [False, True])
+@pytest.mark.parametrize("paths", [1, 2])
+def test_nvme_multipath_counts_at_its_paths_or_at_the_disk(
+    heads_count: bool, paths: int, tmp_path: Path
+) -> None:
+    names = ["nvme0n1", *(f"nvme0c{n}n1" for n in range(paths))]
+    for name in names:
+        (tmp_path / "sys/block" / name / "device").mkdir(parents=True)
+    (tmp_path / "proc").mkdir()
+    collector, clock = machine_collector(tmp_path)
+    found = {}
+    for sectors in (1000, 2000):
+        rows = [f"259 0 {name} 1 0 {sectors} 0 1 0 {sectors} 0 0 0 0" for name in names]
+        if not heads_count:
+            rows[0] = "259 0 nvme0n1 0 0 0 0 0 0 0 0 0 0 0"
+        (tmp_path / "proc/diskstats").write_text("\n".join(rows) + "\n")
+        found = collector.readers["disk_io"]()
+        clock.advance(10)
+    expected = 1000 * 512 // 10 * (1 if heads_count else paths)
+    assert found == {"disk_read_bytes_sec": expected, "disk_write_bytes_sec": expected}
 
 
 class Nic:
@@ -504,6 +620,17 @@ def test_the_hidden_twin_of_an_interface_is_not_counted(tmp_path: Path) -> None:
     assert agent.choose_interfaces(base, ["lo", "eth0", "vf0"]) == ["eth0"]
 
 
+def test_the_port_of_a_switch_is_not_counted_on_top_of_its_conduit(tmp_path: Path) -> None:
+    make_nics(tmp_path, ("eth0", "eth1", "veth1", "vf0"), {"eth1": "eth0"})
+    base = tmp_path / "sys/class/net"
+    (base / "veth1/type").write_text("1\n")
+    (base / "veth1/uevent").write_text("DEVTYPE=dsa\nINTERFACE=veth1\n")
+    (base / "vf0/master").symlink_to("../eth0")  # eth0 is a paravirtual interface, ...
+    (base / "eth0/lower_vf0").symlink_to("../vf0")  # ... in which vf0 is counted
+    present = ["lo", "eth0", "eth1", "veth1", "vf0"]
+    assert agent.choose_interfaces(str(base), present) == ["eth0"]
+
+
 def test_network_rates_and_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make_nics(tmp_path, ("eth0", "eth1"), {})
     collector, clock = machine_collector(tmp_path)
@@ -530,24 +657,55 @@ def test_interfaces_of_the_setting(
 # --- CPU
 
 
-class Times:
-    def __init__(self, **fields: float) -> None:
-        self.__dict__.update(dict.fromkeys(agent.CPU_BUSY + agent.CPU_IDLE, 0.0) | fields)
+def cpu_shares(*readings: str) -> list[tuple[Any, Any]]:
+    """Return what the CPU reader makes of readings of /proc/stat, 10 s apart."""
+    clock = FakeClock()
+    with tempfile.TemporaryDirectory() as folder:
+        reader = agent.CpuReader(folder, clock.monotonic)
+        found = []
+        for rows in readings:
+            Path(folder, "stat").write_text(f"cpu  9 9 9 9 9 9 9 9 9 9\n{rows}intr 1 2 3\n")
+            one = reader.read()
+            shares = {row["core"]: row["percent"] for row in one["cpu_cores"] or ()}
+            found.append((one["cpu_percent"], shares))
+            clock.advance(10)
+    return found[1:]
 
 
 def test_cpu_shares() -> None:
-    before = [Times(), Times(user=5)]
-    after = [Times(user=2, idle=5, iowait=3, guest=2), Times(user=5, steal=1, idle=3)]
-    assert agent.cpu_shares(before, after) == (21.4, [20.0, 25.0])
+    # user nice system idle iowait irq softirq steal guest guest_nice; guest is in user already
+    before = "cpu0 0 0 0 0 0 0 0 0 0 0\ncpu1 500 0 0 0 0 0 0 0 0 0\n"
+    after = "cpu0 200 0 0 500 300 0 0 0 200 0\ncpu1 500 0 0 300 0 0 0 100 0 0\n"
+    assert cpu_shares(before, after) == [(21.4, {0: 20.0, 1: 25.0})]
+    assert cpu_shares(before, before) == [(None, {})]
 
 
-def test_cpu_shares_without_time_or_with_another_number_of_cores() -> None:
-    assert agent.cpu_shares([Times()], [Times()]) == (None, [None])
-    assert agent.cpu_shares([Times()], [Times(user=1), Times(user=1)]) == (None, [])
+def test_a_core_that_goes_off_and_comes_back() -> None:
+    """It keeps its number; its idle time may start anew while its busy time goes on."""
+    both = "cpu0 {} 0 0 {} 0 0 0 0 0 0\ncpu3 {} 0 0 {} 0 0 0 0 0 0\n"
+    one = "cpu0 {} 0 0 {} 0 0 0 0 0 0\n"
+    shares = cpu_shares(
+        both.format(1000, 100_000, 5000, 118_089), both.format(1010, 100_990, 5010, 140),
+        both.format(1020, 101_980, 5110, 1040), one.format(1030, 102_970),
+        both.format(1040, 103_960, 5120, 50), both.format(1140, 104_860, 5130, 1040),
+    )
+    assert shares == [
+        (1.0, {0: 1.0}), (5.5, {0: 1.0, 3: 10.0}), (1.0, {0: 1.0}), (1.0, {0: 1.0}),
+        (5.5, {0: 10.0, 3: 1.0}),
+    ]
 
 
 def test_iowait_that_went_backwards() -> None:
-    assert agent.cpu_shares([Times(iowait=9)], [Times(iowait=8, user=1, idle=1)])[0] == 50.0
+    before, after = "cpu0 0 0 0 0 900 0 0 0\n", "cpu0 100 0 0 100 890 0 0 0\n"
+    assert cpu_shares(before, after) == [(50.0, {0: 50.0})]
+
+
+def test_one_reading_of_zeros_is_no_busy_core() -> None:
+    rows = [f"cpu0 {10 + n} 0 0 {99_000 + 99 * n} 0 0 0 0\n" for n in range(3)]
+    zeros = "cpu0 0 0 0 0 0 0 0 0\n"
+    assert cpu_shares(rows[0], zeros, rows[1], rows[2]) == [
+        (None, {}), (1.0, {0: 1.0}), (1.0, {0: 1.0}),
+    ]
 
 
 # --- ports
@@ -639,11 +797,15 @@ def test_out_of_local_ports_is_not_a_verdict_on_the_daemon(
         agent.check_by_connect("127.0.0.1", (25,))
 
 
-def test_ports_by_role() -> None:
-    collector = agent.Collector(make_config(node_role="haraka"))
-    assert list(collector._read_services()) == ["port_25"]
-    collector = agent.Collector(make_config(check_ports="7,8", check_host="::1"))
-    assert collector._read_services() == {"port_7": False, "port_8": False}
+def test_ports_of_the_settings() -> None:
+    def checked(**settings: Any) -> dict[str, bool]:
+        found: dict[str, bool] = agent.unpack(
+            agent.Collector(make_config(**settings)).collect().packed
+        )["services"]
+        return found
+
+    assert list(checked(node_role="haraka")) == ["port_25"]
+    assert checked(check_ports="7,8", check_host="::1") == {"port_7": False, "port_8": False}
 
 
 def test_netlink_error_is_an_oserror(monkeypatch: pytest.MonkeyPatch) -> None:

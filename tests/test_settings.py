@@ -400,14 +400,3 @@ def test_the_credential_is_named_as_the_file_that_it_comes_from(tmp_path: Path) 
     with pytest.raises(agent.SettingsError) as error:
         agent.load_config({}, str(tmp_path / "agent.env"))
     assert error.value.problems[0].startswith(f"{tmp_path}/agent.env, line 1: ")
-
-
-def test_check_reports_in_the_role_of_the_service(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    """It registers: with the role of this very moment it would overwrite that of the service."""
-    agent.State(str(tmp_path)).remember_role("wildduck")
-    monkeypatch.setattr(agent, "SERVICE_STATE", str(tmp_path))
-    monkeypatch.setattr(agent, "PRIME_S", 0.01)
-    sample, _ = agent.take_sample(make_config())
-    assert sample.role == "wildduck"

@@ -472,23 +472,6 @@ def test_a_state_directory_that_vanishes_is_made_again(folder: Path) -> None:
     assert on_disk(folder) == [2]
 
 
-# --- the role
-
-
-def test_the_role_is_remembered(folder: Path) -> None:
-    state = State(str(folder))
-    assert state.role() == "unknown"
-    state.remember_role("haraka")
-    assert State(str(folder)).role() == "haraka"
-
-
-@pytest.mark.parametrize("content", [b"", b"\xff\xfe", b"postfix", b"x" * 9999])
-def test_a_role_that_is_none_is_unknown(content: bytes, folder: Path) -> None:
-    folder.mkdir()
-    (folder / "role").write_bytes(content)
-    assert State(str(folder)).role() == "unknown"
-
-
 # --- the model: sender, buffer and disk against a plain list
 
 

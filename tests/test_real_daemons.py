@@ -25,6 +25,8 @@ import pytest
 from conftest import eventually
 from test_service import DROP_IN, LOCAL, UNIT, Box, make_bundle, unable
 
+import tinomail_agent as agent
+
 pytestmark = pytest.mark.service
 
 PACKAGES = "redis-server,redis-tools,rspamd"
@@ -338,6 +340,27 @@ def test_watched_processes(node: Node) -> None:
         main = node.box.sh(f"systemctl show -p MainPID --value {unit}")
         assert (found[name]["status"], found[name]["pid"]) == ("running", int(main))
         assert found[name]["memory_mb"] > 0
+
+
+def test_zonemtas_own_figures(node: Node) -> None:
+    """All six, as its API has them; a MongoDB that is always empty keeps no mail."""
+    node.need("zonemta")
+
+    def last() -> Any:
+        [[text]] = node.box.query(
+            "SELECT zonemta FROM metrics_system ORDER BY rowid DESC LIMIT 1"
+        )
+        return json.loads(text or "{}")
+
+    empty = dict.fromkeys(agent.ZONEMTA_FIGURES, 0)
+    eventually(lambda: last() == empty, 60, "ZoneMTA's figures", 0.5)  # it counts every 10 s
+    node.box.sh("systemctl stop zone-mta")
+    try:
+        eventually(lambda: last() == {}, 60, "no figures without ZoneMTA", 0.5)
+    finally:
+        node.box.sh("systemctl start zone-mta")
+    node.expect_running()
+    eventually(lambda: last() == empty, 60, "ZoneMTA's figures again", 0.5)
 
 
 @every_service

@@ -6,8 +6,9 @@
 
 A person and the tests use the same server. It needs nothing but Python, listens on loopback,
 and holds the agent to README's wire contract of the dialect, every field's type and range
-included. v1 answers a violation 422 with the reason; tinomail-monitor 500 without a word, as
-the real one does (the reason is printed here). A metric that is absent is stored as NULL.
+included. v1 answers a violation 422 with the reason. tinomail-monitor takes and refuses what
+the deployed backend takes and refuses, mostly with a 500 that gives no reason (it is printed
+here). A metric that is absent is stored as NULL.
 
 It can be told to misbehave: --misbehave MODE, `Dashboard.fault = MODE`, or while it runs
 
@@ -34,7 +35,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import datetime, timezone
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
@@ -73,6 +74,14 @@ def text(pattern: str) -> Check:
     return check
 
 
+def string(low: int = 0, high: int = 10**6) -> Check:
+    def check(value: Any) -> str:
+        fits = isinstance(value, str) and low <= len(value) <= high
+        return "" if fits else f"is not a string of {low} to {high} characters"
+
+    return check
+
+
 def list_of(item: Check, low: int = 0, high: int = 10_000) -> Check:
     def check(value: Any) -> str:
         if not isinstance(value, list) or not low <= len(value) <= high:
@@ -82,7 +91,10 @@ def list_of(item: Check, low: int = 0, high: int = 10_000) -> Check:
     return check
 
 
-def record(required: dict[str, Check], optional: dict[str, Check] | None = None) -> Check:
+def record(
+    required: dict[str, Check], optional: dict[str, Check] | None = None, *, is_open: bool = False
+) -> Check:
+    """is_open: names that are not known are dropped, not refused."""
     known = {**required, **(optional or {})}
 
     def check(value: Any) -> str:
@@ -92,9 +104,9 @@ def record(required: dict[str, Check], optional: dict[str, Check] | None = None)
             if name not in value:
                 return f".{name} is missing"
         for name, item in value.items():
-            if name not in known:
+            if name not in known and not is_open:
                 return f".{name} is unknown"
-            if bad := known[name](item):
+            if name in known and (bad := known[name](item)):
                 return f".{name} {bad}"
         return ""
 
@@ -182,6 +194,10 @@ AGENT: dict[str, Check] = {
     "collect_errors": COUNT,
     "clock_offset_sec": whole(-(2**62)),
 }
+ZONEMTA: dict[str, Check] = dict.fromkeys(
+    ("queued", "deferred", "delivered_total", "bounced_total", "rejected_total", "connections"),
+    COUNT,
+)
 SAMPLE = record(
     {
         "node_id": text(r".{1,255}"),
@@ -191,6 +207,7 @@ SAMPLE = record(
     {
         "processes": mapping(r"[a-z0-9][a-z0-9_.-]*", process),
         "services": mapping(r"port_\d{1,5}", boolean),
+        "zonemta": record({}, ZONEMTA),
         "agent": record({}, AGENT),
     },
 )
@@ -198,7 +215,7 @@ NODE = record({
     "node_id": text(r"\S{1,255}"),
     "hostname": text(r"\S{1,255}"),
     "ip": text(r"[0-9.]{7,15}|[0-9a-f:.]{2,45}"),
-    "role": text(r"[a-z-]{1,50}"),
+    "role": string(1, 50),
     "version": text(r"\d+\.\d+\.\d+.*"),
 })
 
@@ -225,45 +242,56 @@ MONITOR_SYSTEM: dict[str, tuple[str, Check, int]] = {
 }
 MONITOR_PROCESS = record(
     {
-        "name": text("zone-mta|wildduck|haraka|rspamd|redis-server|mongod"),
-        "running": boolean,
+        "name": string(), "running": boolean,
+        "pid": lambda value: "" if value is None else whole(-(2**53))(value),
+        "cpuPercent": number(0), "memoryMB": number(0),
     },
-    {"pid": whole(1), "cpuPercent": number(0), "memoryMB": number(0)},
+    is_open=True,
 )
+UTC = text(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d+)?Z")
 MONITOR_SAMPLE = record(
-    {
-        "nodeId": text(".{1,100}"),
-        "nodeRole": text(".{1,50}"),
-        "timestamp": text(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d+)?Z"),
-    },
+    {"nodeId": string(), "nodeRole": string()},
     {
         **{name: check for name, (_, check, _) in MONITOR_SYSTEM.items()},
         **dict.fromkeys(("load1m", "load5m", "load15m"), number(0)),
-        "processes": list_of(MONITOR_PROCESS),
+        "timestamp": UTC, "processes": list_of(MONITOR_PROCESS),
     },
+    is_open=True,
+)
+# Its name -> the largest value of its column in metrics_zonemta.
+MONITOR_ZONEMTA: dict[str, int] = {
+    **dict.fromkeys(("queueSize", "activeDeliveries", "connectionsActive"), INT4),
+    **dict.fromkeys(
+        ("sentTotal", "deliveredTotal", "bouncedTotal", "deferredTotal", "rejectedTotal"), INT8
+    ),
+}
+MONITOR_QUEUE = record(
+    {"nodeId": string()},
+    {
+        **dict.fromkeys(MONITOR_ZONEMTA, UNSIGNED), "timestamp": UTC,
+        "mtaRole": lambda value: "" if value is None else string()(value),
+        "throughputPerSec": number(0),
+    },
+    is_open=True,
 )
 
 
 def ip_address(value: Any) -> str:
     try:
-        ipaddress.ip_address(value if isinstance(value, str) and "%" not in value else "")
+        ipaddress.ip_address(value if isinstance(value, str) else "")  # fe80::1%eth0 is one
     except ValueError:
         return "is no IP address"
     return ""
 
 
-NAME = text(r"\S.*")
-MONITOR_NODE = record({
-    "nodeId": text(".{1,100}"),
-    "hostname": text(".{1,255}"),
-    "ipAddress": ip_address,
-    "role": text(".{1,50}"),
-    "metadata": record(
-        {"agentVersion": text(r"\d+\.\d+\.\d+.*")},
-        {**dict.fromkeys(("platform", "distro", "release", "arch"), NAME),
-         "detectedServices": list_of(text("zonemta|wildduck|haraka|rspamd|redis|mongodb"))},
-    ),
-})
+MONITOR_NODE = record(
+    {
+        "nodeId": string(1, 100), "hostname": string(0, 255), "ipAddress": ip_address,
+        "role": string(1, 50),
+    },
+    {"metadata": lambda value: "" if isinstance(value, dict) else "is not an object"},
+    is_open=True,
+)
 BODY_LIMIT_BYTES = 1024 * 1024
 POSTS_PER_MINUTE = 1000  # for each address
 
@@ -272,6 +300,10 @@ POSTS_PER_MINUTE = 1000  # for each address
 
 HTML = b"<!DOCTYPE html><html><body>Welcome to nginx!</body></html>"
 Headers = dict[str, str]
+
+
+def utc_now() -> str:
+    return datetime.now(timezone.utc).isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
 def _later(seconds: int) -> str:
@@ -366,7 +398,7 @@ def refusal(code: str, message: str) -> dict[str, Any]:
     return {"success": False, "error": {"code": code, "message": message}}
 
 
-PATHS = ("/api/v1/nodes", "/api/v1/metrics/system")
+NODES, METRICS = "/api/v1/nodes", "/api/v1/metrics/"
 TOO_MANY = refusal("RATE_LIMIT_EXCEEDED", "Too many requests, please try again later")
 
 
@@ -386,7 +418,7 @@ class Handler(BaseHTTPRequestHandler):
                 self.server.fault = mode
             return
         body, problem = self.server.decode(self.headers, raw)
-        limits = self.server.count_post(self.client_address[0])
+        limits = self.server.count_post(self.client_address[0], self.path, self.headers)
         mode = self.server.fault_for(self.path)
         if mode in RAW:
             self.note(raw, body, 0)
@@ -399,7 +431,7 @@ class Handler(BaseHTTPRequestHandler):
             mode = "500" if poisoned else "off"
         if mode in ANSWERS:
             status, headers, content = ANSWERS[mode]()
-        elif "retry-after" in limits and self.path in PATHS:
+        elif "retry-after" in limits:
             status, headers, content = 429, limits, json.dumps(TOO_MANY).encode()
         else:
             status, reply = self.server.take(self.path, self.headers, body, problem)
@@ -451,6 +483,12 @@ class Dashboard(ThreadingHTTPServer):
     ) -> None:
         self.key = key
         self.api = api
+        # What tinomail-monitor takes; a slash at the end of the first is as good as none.
+        self._takers = {
+            NODES: self._take_monitor_node, f"{NODES}/": self._take_monitor_node,
+            f"{METRICS}system": self._take_monitor_sample,
+            f"{METRICS}zonemta": self._take_monitor_queue,
+        }
         self.blocked: set[str] = set()  # node ids, in tinomail-monitor
         self.complaints: list[str] = []  # why it answered 500
         self.posts_per_minute = POSTS_PER_MINUTE
@@ -476,8 +514,10 @@ class Dashboard(ThreadingHTTPServer):
             "CREATE TABLE IF NOT EXISTS nodes (node_id TEXT PRIMARY KEY, hostname TEXT, ip TEXT,"
             " role TEXT, version TEXT, registrations INTEGER, metadata TEXT, last_seen TEXT);"
             f"CREATE TABLE IF NOT EXISTS metrics_system (node_id TEXT, timestamp TEXT, {columns},"
-            " processes, services, agent, role TEXT"
+            " processes, services, zonemta, agent, role TEXT"
             + (", PRIMARY KEY (node_id, timestamp));" if api == "v1" else ");")
+            + "CREATE TABLE IF NOT EXISTS metrics_zonemta (node_id TEXT, timestamp TEXT,"
+            f" {', '.join(MONITOR_ZONEMTA)});"
         )
         if ":" in host:
             self.address_family = socket.AF_INET6
@@ -580,7 +620,7 @@ class Dashboard(ThreadingHTTPServer):
             raise ValueError(f"{name} is no JSON")
 
         def no_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-            if len(dict(pairs)) != len(pairs):
+            if self.api == "v1" and len(dict(pairs)) != len(pairs):
                 raise ValueError("a name stands twice")
             return dict(pairs)
 
@@ -591,9 +631,14 @@ class Dashboard(ThreadingHTTPServer):
             return None, str(error)
         return value, ""
 
-    def count_post(self, address: str) -> Headers:
-        """Count a post; return the headers that tell of the limit, retry-after if it is over."""
-        if self.api == "v1":
+    def count_post(self, address: str, path: str, headers: Any) -> Headers:
+        """Count a post; return the headers that tell of the limit, retry-after if it is over.
+
+        The limit is that of all metrics together. What has no valid key is not counted.
+        """
+        if self.api == "v1" or path not in self._takers or not path.startswith(METRICS):
+            return {}
+        if headers.get("x-api-key") != self.key:
             return {}
         now = time.monotonic()
         with self._lock:
@@ -632,33 +677,47 @@ class Dashboard(ThreadingHTTPServer):
     def _take_as_monitor(
         self, path: str, headers: Any, body: Any, problem: str
     ) -> tuple[int, Any]:
-        takers = dict(zip(PATHS, (self._take_monitor_node, self._take_monitor_sample)))
-        if path not in takers:  # with a slash at its end, too
-            return 404, refusal("NOT_FOUND", f"Route POST:{path} not found")
+        if path not in self._takers:
+            return 404, {"message": f"Route POST:{path} not found", "error": "Not Found",
+                         "statusCode": 404}
         if "x-api-key" not in headers:
             return 401, refusal("UNAUTHORIZED", "Missing x-api-key header")
         if headers["x-api-key"] != self.key:
             return 401, refusal("UNAUTHORIZED", "Invalid API key")
-        if headers.get("Content-Type") != "application/json":
-            return 415, refusal("FST_ERR_CTP_INVALID_MEDIA_TYPE", "Unsupported Media Type")
-        if int(headers.get("Content-Length", "0")) > BODY_LIMIT_BYTES:
-            return 413, refusal("FST_ERR_CTP_BODY_TOO_LARGE", "Request body is too large")
-        if "Content-Encoding" in headers:
-            return 400, refusal("FST_ERR_CTP_INVALID_CONTENT_LENGTH",
-                                "Request body size did not match Content-Length")
-        if problem:
-            return 400, refusal("BAD_REQUEST", "malformed JSON")
-        code, complaint = takers[path](body)
+        if status_and_answer := self._unreadable(headers, problem):
+            return status_and_answer
+        code, complaint = self._takers[path](body)
         if complaint:
             self.complaints.append(complaint)
             self._say(f"REFUSED: {complaint}")
         if code == "BLOCKED":
-            return 403, refusal(code, "This node is blocked")
+            return 403, refusal(code, f"Node {body['nodeId']} is blocked")
         if code:
             return 500, refusal(code, "Internal server error")
-        if path.endswith("/nodes"):
+        if path.startswith(NODES):
             return 201, {"success": True, "data": {"id": body["nodeId"], "status": "active"}}
         return 201, {"success": True, "data": {"received": True}}
+
+    @staticmethod
+    def _unreadable(headers: Any, problem: str) -> tuple[int, Any] | None:
+        """Return what the real one's HTTP layer answers to a body that it cannot read."""
+        kind = headers.get("Content-Type")
+        if kind == "text/plain":  # a string to it, and none of its schemas
+            return 500, refusal("INTERNAL_SERVER_ERROR", "Internal server error")
+        if kind != "application/json":
+            return 415, refusal("FST_ERR_CTP_INVALID_MEDIA_TYPE", f"Unsupported Media Type: {kind}")
+        if int(headers.get("Content-Length", "0")) > BODY_LIMIT_BYTES:
+            return 413, refusal("FST_ERR_CTP_BODY_TOO_LARGE", "Request body is too large")
+        if headers.get("Content-Length") == "0":
+            return 400, refusal("FST_ERR_CTP_EMPTY_JSON_BODY", "Body cannot be empty when ..")
+        if "Content-Encoding" in headers:
+            return 400, refusal("FST_ERR_CTP_INVALID_CONTENT_LENGTH",
+                                "Request body size did not match Content-Length")
+        if "is no JSON" in problem:  # its error handler looks for the word "token"
+            return 401, refusal("UNAUTHORIZED", "Unexpected token 'N', .. is not valid JSON")
+        if problem:
+            return 400, refusal("INTERNAL_SERVER_ERROR", "Expected property name or '}' in JSON")
+        return None
 
     def _take_monitor_node(self, node: Any) -> tuple[str, str]:
         """Return (the code of an error, what is wrong); both are "" for what it takes."""
@@ -666,14 +725,15 @@ class Dashboard(ThreadingHTTPServer):
             return "INTERNAL_SERVER_ERROR", f"node{bad}"
         if node["nodeId"] in self.blocked:
             return "BLOCKED", ""
+        metadata = node.get("metadata", {})
         with self._lock, self._db:
             self._db.execute(
                 "INSERT INTO nodes VALUES (:nodeId, :hostname, :ipAddress, :role, :version, 1,"
-                " :metadata, NULL) ON CONFLICT (node_id) DO UPDATE SET hostname = :hostname,"
+                " :metadata, :seen) ON CONFLICT (node_id) DO UPDATE SET hostname = :hostname,"
                 " ip = :ipAddress, role = :role, version = :version, metadata = :metadata,"
-                " registrations = registrations + 1",
-                {**node, "version": node["metadata"]["agentVersion"],
-                 "metadata": json.dumps(node["metadata"])},
+                " last_seen = :seen, registrations = registrations + 1",
+                {**node, "version": metadata.get("agentVersion"), "seen": utc_now(),
+                 "metadata": json.dumps(metadata)},
             )
         self._say(f"registered {node['nodeId']} ({node['role']}, {node['ipAddress']})")
         return "", ""
@@ -681,8 +741,8 @@ class Dashboard(ThreadingHTTPServer):
     def _take_monitor_sample(self, sample: Any) -> tuple[str, str]:
         if bad := MONITOR_SAMPLE(sample):
             return "INTERNAL_SERVER_ERROR", f"sample{bad}"
-        row = {"node_id": sample["nodeId"], "timestamp": sample["timestamp"],
-               "role": sample["nodeRole"]}
+        stamp = sample.get("timestamp", utc_now())
+        row = {"node_id": sample["nodeId"], "timestamp": stamp, "role": sample["nodeRole"]}
         for name, (column, _, largest) in MONITOR_SYSTEM.items():
             if sample.get(name, 0) > largest:
                 return SQL_OUT_OF_RANGE, f"sample.{name} is out of range for its column"
@@ -698,15 +758,29 @@ class Dashboard(ThreadingHTTPServer):
                 self._db.execute(
                     "UPDATE nodes SET last_seen = ?, metadata = json_patch(metadata, ?)"
                     " WHERE node_id = ?",
-                    (sample["timestamp"], json.dumps({"processes": processes}), sample["nodeId"]),
+                    (utc_now(), json.dumps({"processes": processes}), sample["nodeId"]),
                 )
         running = [process["name"] for process in processes or () if process["running"]]
         self._say(
-            f"{sample['nodeId']} {sample['timestamp']} cpu {sample.get('cpuPercent')} % "
+            f"{sample['nodeId']} {stamp} cpu {sample.get('cpuPercent')} % "
             f"ram {sample.get('ramPercent')} % disk {sample.get('diskPercent')} % "
             f"net {sample.get('netRxBytesSec')}/{sample.get('netTxBytesSec')} B/s "
             f"tcp {sample.get('tcpEstablished')} running: {', '.join(running) or '-'}"
         )
+        return "", ""
+
+    def _take_monitor_queue(self, queue: Any) -> tuple[str, str]:
+        if bad := MONITOR_QUEUE(queue):
+            return "INTERNAL_SERVER_ERROR", f"zonemta{bad}"
+        for name, largest in MONITOR_ZONEMTA.items():
+            if queue.get(name, 0) > largest:
+                return SQL_OUT_OF_RANGE, f"zonemta.{name} is out of range for its column"
+        values = [queue.get(name) for name in MONITOR_ZONEMTA]
+        places = ", ".join("?" * (2 + len(values)))
+        with self._lock, self._db:
+            self._db.execute(f"INSERT INTO metrics_zonemta VALUES ({places})",
+                             [queue["nodeId"], queue.get("timestamp", utc_now()), *values])
+        self._say(f"{queue['nodeId']} queue {queue.get('queueSize')}")
         return "", ""
 
     # - the dialect v1
@@ -733,7 +807,7 @@ class Dashboard(ThreadingHTTPServer):
         row: dict[str, Any] = {"node_id": sample["node_id"], "timestamp": sample["timestamp"]}
         row["role"] = ""  # the other dialect's samples have one
         row |= {name: sample["system"].get(name) for name in SYSTEM}
-        row |= {name: sample.get(name) for name in ("processes", "services", "agent")}
+        row |= {name: sample.get(name) for name in ("processes", "services", "zonemta", "agent")}
         values = {k: json.dumps(v) if isinstance(v, (dict, list)) else v for k, v in row.items()}
         names = ", ".join(values)
         places = ", ".join(f":{name}" for name in values)

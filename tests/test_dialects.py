@@ -352,12 +352,93 @@ def test_once_prints_the_dialect_that_is_set() -> None:
     assert MONITOR_SAMPLE(json.loads(done.stdout)) == ""
 
 
-# --- the stand-in is as strict, and as mute, as the real one
+# --- the stand-in takes and refuses what the deployed backend takes and refuses
 
 SAMPLE_OF = {"nodeId": "mta-01", "nodeRole": "redis", "timestamp": STAMP, "openFiles": 1}
 NODE_OF = {"nodeId": "mta-01", "hostname": "h", "ipAddress": "10.0.0.1", "role": "redis",
            "metadata": {"agentVersion": agent.VERSION}}
-NODES, METRICS = "/api/v1/nodes", "/api/v1/metrics/system"
+QUEUE_OF = {"nodeId": "mta-01", "timestamp": STAMP, "queueSize": 1}
+PROCESS = {"name": "mongod", "running": False, "pid": None, "cpuPercent": 0, "memoryMB": 0}
+NODES, METRICS, QUEUE = "/api/v1/nodes", "/api/v1/metrics/system", "/api/v1/metrics/zonemta"
+BODIES: dict[str, dict[str, Any]] = {NODES: NODE_OF, METRICS: SAMPLE_OF, QUEUE: QUEUE_OF}
+ABSENT = "absent"  # in a change: the name is left out
+
+
+def processes(**change: Any) -> dict[str, Any]:
+    row = {name: value for name, value in {**PROCESS, **change}.items() if value != ABSENT}
+    return {"processes": [row]}
+
+
+# A path, what is changed in its body, and the answer's status. 500: INTERNAL_SERVER_ERROR without
+# a reason; 22003: a 500 with the database's own code.
+FACTS: list[tuple[str, dict[str, Any], int]] = [
+    (METRICS, {}, 201),
+    (METRICS, {"timestamp": ABSENT}, 201),
+    (METRICS, {"timestamp": "2026-01-01T00:00:00Z"}, 201),
+    (METRICS, {"timestamp": "2026-01-01T00:00:00.123456Z"}, 201),
+    (METRICS, {"timestamp": "2026-01-01T00:00:00+00:00"}, 500),
+    (METRICS, {"timestamp": None}, 500),
+    (METRICS, {"nodeId": ""}, 201),
+    (METRICS, {"nodeId": ABSENT}, 500),
+    (METRICS, {"nodeRole": "x" * 300}, 201),
+    (METRICS, {"nodeRole": None}, 500),
+    (METRICS, {"nodeRole": ABSENT}, 500),
+    (METRICS, {"colour": 1}, 201),
+    (METRICS, {"cpuPercent": 100}, 201),
+    (METRICS, {"cpuPercent": 100.04}, 500),
+    (METRICS, {"cpuPercent": "7"}, 500),
+    (METRICS, {"load1m": 1e300}, 201),
+    (METRICS, {"load1m": -1}, 500),
+    (METRICS, {"openFiles": None}, 500),
+    (METRICS, {"openFiles": 1.5}, 500),
+    (METRICS, {"openFiles": -1}, 500),
+    (METRICS, {"openFiles": INT4}, 201),
+    (METRICS, {"openFiles": INT4 + 1}, 22003),
+    (METRICS, {"tcpEstablished": INT4 + 1}, 22003),
+    (METRICS, {"tcpTimeWait": INT4 + 1}, 22003),
+    (METRICS, {"ramUsedBytes": 2**53 + 2}, 201),
+    (METRICS, {"ramUsedBytes": 2**63}, 22003),
+    (METRICS, {"processes": []}, 201),
+    (METRICS, {"processes": None}, 500),
+    (METRICS, {"processes": [PROCESS] * 300}, 201),
+    (METRICS, processes(), 201),
+    (METRICS, processes(name="postfix"), 201),
+    (METRICS, processes(more=1), 201),
+    (METRICS, processes(running=True, pid=7), 201),
+    (METRICS, processes(pid=2**40), 201),
+    (METRICS, processes(cpuPercent=900), 201),
+    (METRICS, processes(pid=1.5), 500),
+    (METRICS, processes(cpuPercent=None), 500),
+    *((METRICS, processes(**{name: ABSENT}), 500) for name in PROCESS),
+    (NODES, {}, 201),
+    (NODES, {"metadata": ABSENT}, 201),
+    (NODES, {"colour": 1}, 201),
+    (NODES, {"nodeId": "x" * 100}, 201),
+    (NODES, {"nodeId": "x" * 101}, 500),
+    (NODES, {"nodeId": ""}, 500),
+    (NODES, {"hostname": ""}, 201),
+    (NODES, {"hostname": "x" * 256}, 500),
+    (NODES, {"ipAddress": "fe80::1"}, 201),
+    (NODES, {"ipAddress": "fe80::1%eth0"}, 201),
+    (NODES, {"ipAddress": "host"}, 500),
+    (NODES, {"role": "x" * 50}, 201),
+    (NODES, {"role": "Haraka, inbound"}, 201),
+    (NODES, {"role": "x" * 51}, 500),
+    (NODES, {"role": ""}, 500),
+    (NODES, {"metadata": []}, 500),
+    (NODES, {"metadata": None}, 500),
+    (QUEUE, {}, 201),
+    (QUEUE, {"mtaRole": None, "timestamp": ABSENT, "colour": 1}, 201),
+    (QUEUE, {"mtaRole": "zonemta", "throughputPerSec": 1.5, "deliveredTotal": 2**40}, 201),
+    (QUEUE, {"nodeId": ABSENT}, 500),
+    (QUEUE, {"queueSize": None}, 500),
+    (QUEUE, {"queueSize": -1}, 500),
+    (QUEUE, {"queueSize": 1.5}, 500),
+    (QUEUE, {"throughputPerSec": -1}, 500),
+    (QUEUE, {"queueSize": INT4 + 1}, 22003),
+    (QUEUE, {"connectionsActive": INT4 + 1}, 22003),
+    (QUEUE, {"deliveredTotal": 2**63}, 22003),
+]
 
 
 def post(server: Dashboard, path: str, body: Any, **headers: str) -> tuple[int, Any]:
@@ -375,27 +456,41 @@ def monitor() -> Any:
         yield server
 
 
-def test_what_the_stand_in_takes(monitor: Dashboard) -> None:
-    assert post(monitor, METRICS, SAMPLE_OF) == (201, {"success": True, "data": {"received": True}})
-    assert monitor.query("SELECT * FROM nodes") == []  # unknown: taken, without a node
-    assert post(monitor, METRICS, SAMPLE_OF)[0] == 201
-    assert monitor.stored() == [STAMP, STAMP]  # a duplicate is stored twice
+@pytest.mark.parametrize(("path", "change", "expected"), FACTS, ids=str)
+def test_facts(path: str, change: dict[str, Any], expected: int, monitor: Dashboard) -> None:
+    body = {name: value for name, value in {**BODIES[path], **change}.items() if value != ABSENT}
+    status, answer = post(monitor, path, body)
+    rows = [len(monitor.query(f"SELECT * FROM {table}"))
+            for table in ("nodes", "metrics_system", "metrics_zonemta")]
+    if expected == 201:
+        assert (status, answer["success"], sum(rows)) == (201, True, 1), answer
+        return
+    code = "22003" if expected == 22003 else "INTERNAL_SERVER_ERROR"
+    assert (status, answer) == (500, {
+        "success": False, "error": {"code": code, "message": "Internal server error"}})
+    assert (len(monitor.complaints), sum(rows)) == (1, 0)
+
+
+def test_nothing_is_de_duplicated_and_no_node_needs_to_be_known(monitor: Dashboard) -> None:
+    for _ in range(2):
+        answer = post(monitor, METRICS, SAMPLE_OF)
+        assert answer == (201, {"success": True, "data": {"received": True}})
+    assert monitor.query("SELECT * FROM nodes") == []
+    assert monitor.stored() == [STAMP, STAMP]
     status, answer = post(monitor, NODES, NODE_OF)
     assert (status, answer["data"]["id"]) == (201, "mta-01")
 
 
-def test_alive_only_through_processes_and_a_registration_overwrites_them(
-    monitor: Dashboard,
-) -> None:
+def test_alive_through_processes_and_a_registration_overwrites_them(monitor: Dashboard) -> None:
     look = "SELECT last_seen, metadata FROM nodes"
     post(monitor, NODES, NODE_OF)
+    registered = monitor.query(look)[0][0]
     for without in (SAMPLE_OF, {**SAMPLE_OF, "processes": []}):
         assert post(monitor, METRICS, without)[0] == 201
-        assert monitor.query(look)[0][0] is None
-    processes = [{"name": "mongod", "running": False}]
-    post(monitor, METRICS, {**SAMPLE_OF, "processes": processes})
-    [(seen, metadata)] = monitor.query(look)
-    assert (seen, json.loads(metadata)["processes"]) == (STAMP, processes)
+        assert monitor.query(look)[0][0] == registered
+    eventually(lambda: post(monitor, METRICS, {**SAMPLE_OF, **processes()})[0] == 201
+               and monitor.query(look)[0][0] > registered)
+    assert json.loads(monitor.query(look)[0][1])["processes"] == [PROCESS]
     post(monitor, NODES, NODE_OF)
     assert "processes" not in json.loads(monitor.query(look)[0][1])
 
@@ -410,56 +505,24 @@ def test_a_blocked_node(monitor: Dashboard) -> None:
 
 
 @pytest.mark.parametrize(
-    ("path", "change", "code"),
-    [
-        (METRICS, {"openFiles": None}, "INTERNAL_SERVER_ERROR"),
-        (METRICS, {"openFiles": 1.5}, "INTERNAL_SERVER_ERROR"),
-        (METRICS, {"openFiles": -1}, "INTERNAL_SERVER_ERROR"),
-        (METRICS, {"openFiles": INT4 + 1}, "22003"),
-        (METRICS, {"tcpEstablished": INT4 + 1}, "22003"),
-        (METRICS, {"ramUsedBytes": 2**63}, "22003"),
-        (METRICS, {"cpuPercent": 100.04}, "INTERNAL_SERVER_ERROR"),
-        (METRICS, {"cpuPercent": "7"}, "INTERNAL_SERVER_ERROR"),
-        (METRICS, {"timestamp": "2026-01-01T00:00:00+00:00"}, "INTERNAL_SERVER_ERROR"),
-        (METRICS, {"nodeRole": None}, "INTERNAL_SERVER_ERROR"),
-        (METRICS, {"colour": 1}, "INTERNAL_SERVER_ERROR"),
-        (METRICS, {"processes": [{"name": "postfix", "running": True}]}, "INTERNAL_SERVER_ERROR"),
-        (METRICS, {"processes": [{"name": "mongod", "running": True, "pid": None}]},
-         "INTERNAL_SERVER_ERROR"),
-        (NODES, {"nodeId": ""}, "INTERNAL_SERVER_ERROR"),
-        (NODES, {"nodeId": "x" * 101}, "INTERNAL_SERVER_ERROR"),
-        (NODES, {"hostname": "x" * 256}, "INTERNAL_SERVER_ERROR"),
-        (NODES, {"ipAddress": "fe80::1%eth0"}, "INTERNAL_SERVER_ERROR"),
-        (NODES, {"role": "x" * 51}, "INTERNAL_SERVER_ERROR"),
-        (NODES, {"metadata": []}, "INTERNAL_SERVER_ERROR"),
-    ],
-)
-def test_what_the_stand_in_answers_500_without_a_word(
-    path: str, change: dict[str, Any], code: str, monitor: Dashboard
-) -> None:
-    status, answer = post(monitor, path, {**(NODE_OF if path == NODES else SAMPLE_OF), **change})
-    assert (status, answer) == (500, {
-        "success": False, "error": {"code": code, "message": "Internal server error"}})
-    assert len(monitor.complaints) == 1
-    assert (monitor.stored(), monitor.query("SELECT * FROM nodes")) == ([], [])
-
-
-@pytest.mark.parametrize(
     ("path", "body", "headers", "status", "holds"),
     [
         (METRICS, SAMPLE_OF, {"x_api_key": ""}, 401, "Missing x-api-key header"),
         (NODES, NODE_OF, {"x_api_key": "", "authorization": f"Bearer {KEY}"}, 401, "Missing x-api"),
         (METRICS, SAMPLE_OF, {"x_api_key": "wrong"}, 401, "UNAUTHORIZED"),
+        (QUEUE, QUEUE_OF, {"x_api_key": "wrong"}, 401, "UNAUTHORIZED"),
         (METRICS, gzip.compress(b"{}"), {"content_encoding": "gzip"}, 400,
          "FST_ERR_CTP_INVALID_CONTENT_LENGTH"),
-        (METRICS, b"{", {}, 400, "malformed"),
-        (METRICS + "/", SAMPLE_OF, {}, 404, "NOT_FOUND"),
-        (NODES + "/", NODE_OF, {}, 404, "NOT_FOUND"),
+        (METRICS, b"{", {}, 400, "INTERNAL_SERVER_ERROR"),
+        (METRICS, b"", {}, 400, "FST_ERR_CTP_EMPTY_JSON_BODY"),
+        (METRICS, b'{"load1m":NaN}', {}, 401, "Unexpected token"),
+        (METRICS + "/", SAMPLE_OF, {}, 404, "Not Found"),
         (METRICS, b" " * BODY_LIMIT_BYTES + b"{}", {}, 413, "FST_ERR_CTP_BODY_TOO_LARGE"),
-        (METRICS, SAMPLE_OF, {"content_type": "text/plain"}, 415, "FST_ERR_CTP"),
+        (METRICS, SAMPLE_OF, {"content_type": "text/plain"}, 500, "INTERNAL_SERVER_ERROR"),
+        (METRICS, SAMPLE_OF, {"content_type": "text/xml"}, 415, "FST_ERR_CTP_INVALID_MEDIA_TYPE"),
     ],
 )
-def test_what_the_stand_in_refuses(
+def test_what_is_refused_before_it_is_looked_at(
     path: str, body: Any, headers: dict[str, str], status: int, holds: str, monitor: Dashboard
 ) -> None:
     found, answer = post(monitor, path, body, **headers)
@@ -467,18 +530,29 @@ def test_what_the_stand_in_refuses(
     assert monitor.stored() == []
 
 
-def test_more_than_1000_posts_a_minute(monitor: Dashboard) -> None:
+def test_a_name_that_stands_twice_and_a_slash_behind_nodes_are_taken(monitor: Dashboard) -> None:
+    assert post(monitor, METRICS, b'{"nodeId":"a","nodeRole":"b","nodeRole":"c"}')[0] == 201
+    assert post(monitor, NODES + "/", NODE_OF)[0] == 201
+
+
+def test_more_than_1000_metrics_a_minute(monitor: Dashboard) -> None:
+    """All metrics together; neither registrations nor what has a wrong key count."""
     assert POSTS_PER_MINUTE == 1000
     monitor.posts_per_minute = 3
-    assert [post(monitor, METRICS, SAMPLE_OF)[0] for _ in range(5)] == [201, 201, 201, 429, 429]
-    assert len(monitor.stored()) == 3
-    limits = monitor.count_post("127.0.0.1")
-    assert 0 < int(limits["retry-after"]) <= 60
-    assert limits["x-ratelimit-limit"] == "3" and limits["x-ratelimit-remaining"] == "0"
+    for key in ("wrong", ""):
+        assert post(monitor, METRICS, SAMPLE_OF, x_api_key=key)[0] == 401
+    assert [post(monitor, NODES, NODE_OF)[0] for _ in range(5)] == [201] * 5
+    found = [post(monitor, path, BODIES[path])[0] for path in (METRICS, QUEUE, METRICS, QUEUE)]
+    assert found == [201, 201, 201, 429]
+    assert post(monitor, METRICS, b"{")[0] == 429  # before the body is read
+    assert len(monitor.stored()) == 2
     transport = agent.Transport(monitor.url)
     answer = transport.post(agent.MONITOR.sample(agent.pack(GOOD), "mta-01", KEY), 5.0)
     assert 0 < agent.retry_after_s(answer, 0.0) <= 60
-    assert "retry-after" not in monitor.count_post("10.0.0.1")  # an address of its own
+    limits = monitor.count_post("127.0.0.1", METRICS, {"x-api-key": KEY})
+    assert limits["x-ratelimit-limit"] == "3" and limits["x-ratelimit-remaining"] == "0"
+    other = monitor.count_post("10.0.0.1", METRICS, {"x-api-key": KEY})
+    assert "retry-after" not in other  # an address of its own
 
 
 def test_a_node_is_one_in_v1() -> None:

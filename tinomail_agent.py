@@ -31,11 +31,13 @@ This file, from the top:
     processes                   the table of processes, their memory and CPU
     services                    which mail service a process belongs to, roles, ports
     sockets                     TCP counts and port checks
+    ZoneMTA's own figures       its queue, from its HTTP API
     settings                    the table of settings, the env file
     logging                     lines for a terminal or the journal
     command line                --once, --check, main()
 
-Exit codes: 0 stopped or done, 1 failed, 2 wrong usage, 78 wrong settings (EX_CONFIG).
+Exit codes: 0 stopped or done, 1 failed, 2 wrong usage, 75 the dashboard cannot be reached now
+(EX_TEMPFAIL), 78 wrong settings (EX_CONFIG).
 """
 
 from __future__ import annotations
@@ -87,10 +89,13 @@ import urllib3.connection
 
 VERSION = "1.0.0"
 RELEASED = 1_793_491_200  # 2026-11-01, in epoch seconds: a clock before it is not set yet
-EX_CONFIG = 78  # sysexits.h
+EX_TEMPFAIL, EX_CONFIG = 75, 78  # sysexits.h
 
 PRIME_S = 1.0  # the first rates and CPU shares are measured over this long
 PORT_CHECK_LIMIT_S = 3.0  # for all ports together
+DAEMON_LIMIT_S = 2.0  # for asking local daemons
+ZONEMTA_ANSWER_BYTES = 256 * 1024
+ZONEMTA_POST_S = 5.0  # deadline of the post of ZoneMTA's figures
 REQUEST_DEADLINE_S = 10.0  # connect, TLS, request and answer together; name resolution aside
 SLOW_DEADLINE_S = 30.0  # the same, after an attempt that ran out of time
 CONNECTION_LIMIT_S = 3600.0  # a kept connection is closed: the dashboard may have moved
@@ -123,7 +128,7 @@ T = TypeVar("T")
 # What a reader of /proc, sysfs or psutil raises when a metric cannot be had.
 READ_ERRORS = (
     OSError, ValueError, LookupError, RuntimeError, TypeError, AttributeError, struct.error,
-    psutil.Error,
+    psutil.Error, http.client.HTTPException,
 )
 
 
@@ -373,6 +378,8 @@ class Collector:
         )
         self._said: set[str] = set()
         self._crashes = Problems()
+        self._zonemta = ZoneMta(config.zonemta_url) if config.zonemta_url != "off" else None
+        self._found: tuple[str, ...] = ()  # services, at the last reading
         self.role = role if config.node_role == "auto" else config.node_role
         self.collect_errors = 0
         # What fills `system`: the metric's name for the log, and its reader. A reader returns
@@ -414,6 +421,9 @@ class Collector:
         services = self._try("services", self._read_services)
         if services:
             body["services"] = services
+        zonemta = self._try("ZoneMTA's figures (ZONEMTA_URL)", self._read_zonemta)
+        if zonemta:
+            body["zonemta"] = zonemta
         body["role"] = self.role
         own_memory = self._try("rss_bytes", lambda: {"rss_bytes": own_rss_bytes()})
         body["agent"] = {
@@ -459,15 +469,24 @@ class Collector:
 
     def _read_processes(self) -> dict[str, Any]:
         processes = self._processes.read()
+        self._found = services_of({"processes": processes})
         if self._config.node_role == "auto":
             self.role = find_role(processes, self.role)
         return processes
 
     def _read_services(self) -> dict[str, Any]:
-        ports = self._config.check_ports or ROLE_PORTS[self.role]
+        ports = self._config.check_ports or ports_of(self.role, self._found)
         check = {"connect": check_by_connect, "listen": check_by_listener}[self._config.check_mode]
         found = check(self._config.check_host, ports)
         return {f"port_{port}": is_open for port, is_open in found.items()}
+
+
+    def _read_zonemta(self) -> dict[str, Any]:
+        if self._zonemta is None:
+            return {}
+        figures = self._zonemta.read("zonemta" in self._found)
+        self.collect_errors += figures is None  # it hangs, which is logged by then
+        return figures or {}
 
 
 def find_role(processes: Mapping[str, Mapping[str, Any]], current: str) -> str:
@@ -713,7 +732,7 @@ class Sender:
         self._problems = Problems()
         self._own_id = config.node_id  # "" until the host name is set
         self._node_id: str | None = None  # as confirmed; None: not registered yet
-        self._registered: tuple[str, str] | None = None  # the role and IP it was done with
+        self._registered: Request | None = None  # what the dashboard knows of this node
         self._register_after = -math.inf
         self._heartbeat_seq = 0  # of the newest sample that was tried
         self._retry: Sample | None = None  # what failed, and is tried again at _retry_at
@@ -842,6 +861,7 @@ class Sender:
             self._drain_left = DRAIN_PER_SUCCESS
             self._drain_tried.clear()
             self._recovered()
+            self._post_zonemta(sample)
 
     def _heartbeat_failed(self, sample: Sample, verdict: Verdict) -> None:
         """Plan a retry, or none until the next sample once the dashboard is known to be down."""
@@ -902,7 +922,7 @@ class Sender:
     def _deliver(self, newest: Sample) -> Verdict:
         """Post the newest sample; register the node first if need be."""
         now = self._clock()
-        is_new = (newest.role, self._transport.local_ip) != self._registered
+        is_new = self._registered != self._registration(newest, self._transport.local_ip or "")
         if self._node_id is None or (is_new and now >= self._register_after):
             verdict = self._register(newest)
             if self._node_id is None:
@@ -925,16 +945,15 @@ class Sender:
             return Verdict(Outcome.KEPT, problem="the host name is not set yet (or set NODE_ID)")
         known_ip = self._transport.local_ip if self._node_id is not None else None
         ip = known_ip or self._transport.route_ip()
-        node = node_of(self._own_id, sample, ip)
-        request = self._dialect.register(node, self._config.api_key)
+        request = self._registration(sample, ip)
         quiet_until = self._quiet_until
         answer = self._transport.post(request, self._limit_s())
         verdict = self._judge(answer, judge_registration)
         if verdict.outcome is Outcome.DELIVERED:
             self._node_id = self._dialect.confirmed_id(answer.body) or self._own_id
-            self._registered = (sample.role, ip)
+            self._registered = request
             self._problems.end("registration")
-            self._report_registration()
+            self._report_registration(sample.role, ip)
         elif self._node_id is not None:  # samples go on under the id that was confirmed before
             self._register_after = max(self._quiet_until, self._clock())
             self._quiet_until = quiet_until
@@ -942,6 +961,9 @@ class Sender:
                 "registration", f"cannot register again: {verdict.problem}", verdict.detail
             )
         return dataclasses.replace(verdict, problem=f"registration: {verdict.problem}")
+
+    def _registration(self, sample: Sample, ip: str) -> Request:
+        return self._dialect.register(node_of(self._own_id, sample, ip), self._config.api_key)
 
     # - posting
 
@@ -959,6 +981,26 @@ class Sender:
             if verdict.outcome is not Outcome.REFUSED:
                 break
         return verdict
+
+    def _post_zonemta(self, sample: Sample) -> None:
+        """Post ZoneMTA's figures where the dialect has an address of their own for them.
+
+        Once: the next sample brings newer ones.
+        """
+        node_id = self._node_id or self._own_id
+        request = self._dialect.zonemta(sample.packed, node_id, self._config.api_key)
+        if request is None or not self._fits(self._clock()):
+            return
+        answer = self._transport.post(request, min(self._limit_s(), ZONEMTA_POST_S))
+        verdict = judge(answer, self._config.api_key, self._dialect.hints)
+        self._due = self._clock()
+        if verdict.outcome is Outcome.DELIVERED:
+            self._problems.end("zonemta", "delivering ZoneMTA's figures again")
+        else:
+            self._transport.disconnect()
+            self._problems.begin(
+                "zonemta", f"cannot deliver ZoneMTA's figures: {verdict.problem}", verdict.detail
+            )
 
     def _limit_s(self) -> float:
         return self.stop_by - self._clock()
@@ -1025,10 +1067,9 @@ class Sender:
         )
         self._down_since = None
 
-    def _report_registration(self) -> None:
-        assert self._node_id and self._registered
-        shown = printable(self._node_id, self._config.api_key)
-        told = "registered as {} (role {}, address {})".format(shown, *self._registered)
+    def _report_registration(self, role: str, ip: str) -> None:
+        shown = printable(self._node_id or "", self._config.api_key)
+        told = f"registered as {shown} (role {role}, address {ip})"
         if told != self._registration_told:
             self._registration_told = told
             log.info("%s", told)
@@ -1440,39 +1481,6 @@ class Node:
     services: tuple[str, ...] = ()  # that were found on it, by their names in a sample
 
 
-@dataclass(frozen=True, slots=True)
-class Dialect:
-    """How one kind of dashboard is spoken to; a sample is neutral until it is posted."""
-
-    headers: Callable[[str], dict[str, str]]  # with the key
-    node: Callable[[Node], dict[str, Any]]  # the body of a registration
-    body: Callable[[bytes, str], dict[str, Any]]  # that of a packed sample, under a node id
-    hints: tuple[Hint, ...]
-    is_gzip: bool  # samples are
-    confirms_id: bool  # samples go under the id in the answer to a registration
-
-    def register(self, node: Node, key: str) -> Request:
-        return Request("/api/v1/nodes", self.headers(key), _json(self.node(node)))
-
-    def sample(self, packed: bytes, node_id: str, key: str) -> Request:
-        """Render a neutral sample; the same bytes each time for the same node id."""
-        headers, body = self.headers(key), _json(self.body(packed, node_id))
-        if self.is_gzip:
-            headers, body = {**headers, "Content-Encoding": "gzip"}, gzip.compress(body, mtime=0)
-        return Request("/api/v1/metrics/system", headers, body)
-
-    def confirmed_id(self, answer: bytes) -> str | None:
-        return confirmed_id(answer) if self.confirms_id else None
-
-
-def node_of(node_id: str, sample: Sample, ip: str) -> Node:
-    """Say who registers: this machine, with what it ran in that sample."""
-    processes = _dict(_dict(unpack(sample.packed)).get("processes"))
-    found = tuple(name for name, process in processes.items() if FOUND(process))
-    hostname = _printable(socket.gethostname())[:255]
-    return Node(node_id, hostname, ip, sample.role, found)
-
-
 class Hint(NamedTuple):
     """An answer that means more in one dialect than its status says."""
 
@@ -1482,97 +1490,57 @@ class Hint(NamedTuple):
     advice: str
 
 
+Neutral = Mapping[str, Any]  # a sample without node id and dialect, as unpack() returns it
+
+
+@dataclass(frozen=True, slots=True)
+class Dialect:
+    """How one kind of dashboard is spoken to; a sample is neutral until it is posted."""
+
+    headers: Callable[[str], dict[str, str]]  # with the key
+    node: Callable[[Node], dict[str, Any]]  # the body of a registration
+    body: Callable[[Neutral, str], dict[str, Any]]  # that of a sample, under a node id
+    queue: Callable[[Neutral, str], dict[str, Any]]  # ZoneMTA's figures, if they go by themselves
+    hints: tuple[Hint, ...]
+    is_gzip: bool  # samples are
+    confirms_id: bool  # samples go under the id in the answer to a registration
+
+    def register(self, node: Node, key: str) -> Request:
+        return Request("/api/v1/nodes", self.headers(key), _json(self.node(node)))
+
+    def sample(self, packed: bytes, node_id: str, key: str) -> Request:
+        """Render a neutral sample; the same bytes each time for the same node id."""
+        headers, body = self.headers(key), _json(self.body(unpack(packed), node_id))
+        if self.is_gzip:
+            headers, body = {**headers, "Content-Encoding": "gzip"}, gzip.compress(body, mtime=0)
+        return Request("/api/v1/metrics/system", headers, body)
+
+    def zonemta(self, packed: bytes, node_id: str, key: str) -> Request | None:
+        """Render what is posted after a sample; None if there is nothing."""
+        body = self.queue(unpack(packed), node_id)
+        return Request("/api/v1/metrics/zonemta", self.headers(key), _json(body)) if body else None
+
+    def confirmed_id(self, answer: bytes) -> str | None:
+        return confirmed_id(answer) if self.confirms_id else None
+
+
+def node_of(node_id: str, sample: Sample, ip: str) -> Node:
+    """Say who registers: this machine, with what was found on it in that sample."""
+    hostname = _printable(socket.gethostname())[:255]
+    return Node(node_id, hostname, ip, sample.role, services_of(unpack(sample.packed)))
+
+
+def services_of(neutral: Neutral) -> tuple[str, ...]:
+    """Return the services that were found on the node, by their names in a sample."""
+    rows = neutral.get("processes", {}).items()
+    return tuple(name for name, row in rows if row["status"] != "not_found")
+
+
+def _json(body: Mapping[str, Any]) -> bytes:
+    return json.dumps(body, separators=(",", ":"), allow_nan=False).encode()
+
+
 OTHER_DIALECT = "the dashboard speaks another dialect: set DASHBOARD_API={}"
-
-# What a dialect can hold. A value that does not fit is left out: for one number that it cannot
-# store, a dashboard would refuse the whole sample, or answer 500 to it for ever.
-Fits = Callable[[Any], bool]
-
-
-def _real(high: float = 1e12, low: float = 0.0) -> Fits:
-    return lambda value: type(value) in (int, float) and low <= value <= high  # NaN is not
-
-
-def _integer(high: int = 2**53 - 1, low: int = 0) -> Fits:  # what JavaScript holds exactly
-    return lambda value: type(value) is int and low <= value <= high
-
-
-def _text(pattern: str) -> Fits:
-    return lambda value: isinstance(value, str) and bool(re.fullmatch(pattern, value))
-
-
-def _list_of(fits: Fits, low: int = 0, high: int = 10_000) -> Fits:
-    return lambda value: (
-        isinstance(value, list) and low <= len(value) <= high and all(map(fits, value))
-    )
-
-
-def _row(**columns: Fits) -> Fits:
-    """A record that stands or falls as a whole."""
-    return lambda value: (
-        isinstance(value, dict) and value.keys() == columns.keys()
-        and all(fits(value[name]) for name, fits in columns.items())
-    )
-
-
-def _named(pattern: str, fits: Fits) -> Callable[[str], Fits | None]:
-    return lambda name: fits if re.fullmatch(pattern, name) else None
-
-
-def _dict(value: Any) -> dict[str, Any]:
-    return value if isinstance(value, dict) else {}
-
-
-def _timestamp(neutral: Mapping[str, Any]) -> dict[str, Any]:
-    return {k: v for k, v in neutral.items() if k == "timestamp" and isinstance(v, str)}
-
-
-PERCENT, AMOUNT, COUNT = _real(100), _real(), _integer()
-INT4 = _integer(2**31 - 1)  # a column of PostgreSQL's that holds no more
-LOADS = _list_of(AMOUNT, 3, 3)
-FOUND = _row(
-    status=_text("running|stopped"), pid=_integer(2**31 - 1, 1),
-    memory_mb=AMOUNT, cpu_percent=AMOUNT,
-)
-NOT_FOUND = _row(
-    status=_text("not_found"), pid=lambda pid: pid is None, memory_mb=AMOUNT, cpu_percent=AMOUNT
-)
-
-
-def is_process(value: Any) -> bool:
-    return FOUND(value) or NOT_FOUND(value)
-
-
-V1_SYSTEM: dict[str, Fits] = {
-    **dict.fromkeys(("cpu_percent", "ram_used_percent", "disk_used_percent"), PERCENT),
-    **dict.fromkeys(
-        (
-            "ram_used_bytes", "ram_total_bytes", "disk_free_bytes", "disk_read_bytes_sec",
-            "disk_write_bytes_sec", "net_rx_bytes_sec", "net_tx_bytes_sec", "net_rx_errors",
-            "net_tx_errors", "tcp_established", "tcp_time_wait", "tcp_close_wait", "open_files",
-            "uptime_seconds",
-        ), COUNT,
-    ),
-    "load_avg": LOADS,
-    "cpu_cores": _list_of(_row(core=COUNT, percent=PERCENT), 1),
-    "disks": _list_of(_row(mount=_text("/.*"), used_percent=PERCENT, free_bytes=COUNT)),
-}
-V1_AGENT: dict[str, Fits] = {
-    **dict.fromkeys(
-        ("buffered", "sent_total", "dropped_total", "refused_total", "collect_errors"), COUNT
-    ),
-    "version": _text(r"\d+\.\d+\.\d+.*"),
-    "rss_bytes": _integer(low=1),
-    "cpu_seconds": AMOUNT,
-    "collect_ms": AMOUNT,
-    "clock_offset_sec": _integer(low=-(2**53 - 1)),
-}
-V1_PARTS: dict[str, Callable[[str], Fits | None]] = {
-    "system": V1_SYSTEM.get,
-    "processes": _named(r"[a-z0-9][a-z0-9_.-]*", is_process),
-    "services": _named(r"port_\d{1,5}", lambda value: isinstance(value, bool)),
-    "agent": V1_AGENT.get,
-}
 
 
 def _v1_node(node: Node) -> dict[str, Any]:
@@ -1582,17 +1550,9 @@ def _v1_node(node: Node) -> dict[str, Any]:
     }
 
 
-def _v1_body(packed: bytes, node_id: str) -> dict[str, Any]:
-    neutral = _dict(unpack(packed))
-    body: dict[str, Any] = {"node_id": node_id, **_timestamp(neutral)}
-    for part, find in V1_PARTS.items():
-        values = {
-            name: value for name, value in _dict(neutral.get(part)).items()
-            if (fits := find(name)) and fits(value)
-        }
-        if values or part == "system":
-            body[part] = values
-    return body
+def _v1_body(neutral: Neutral, node_id: str) -> dict[str, Any]:
+    rest = {name: part for name, part in neutral.items() if name not in ("node_id", "role")}
+    return {"node_id": node_id, **rest}
 
 
 # README's wire contract: Bearer key, snake_case, samples as gzip JSON.
@@ -1600,6 +1560,7 @@ V1 = Dialect(
     headers=lambda key: {"Authorization": f"Bearer {key}", "Content-Type": "application/json"},
     node=_v1_node,
     body=_v1_body,
+    queue=lambda neutral, node_id: {},  # a part of the sample
     hints=(
         Hint((401,), b"x-api-key", Outcome.KEPT, OTHER_DIALECT.format("tinomail-monitor")),
         Hint((400, 415), b"fst_err_ctp_", Outcome.KEPT, OTHER_DIALECT.format("tinomail-monitor")),
@@ -1608,28 +1569,41 @@ V1 = Dialect(
     confirms_id=True,
 )
 
-# Our name for it -> that dialect's, and what it can hold.
-MONITOR_SYSTEM: dict[str, tuple[str, Fits]] = {
-    "cpu_percent": ("cpuPercent", PERCENT),
-    "ram_used_percent": ("ramPercent", PERCENT),
-    "ram_used_bytes": ("ramUsedBytes", COUNT),
-    "disk_used_percent": ("diskPercent", PERCENT),
-    "disk_free_bytes": ("diskFreeBytes", COUNT),
-    "disk_read_bytes_sec": ("diskReadBytesSec", COUNT),
-    "disk_write_bytes_sec": ("diskWriteBytesSec", COUNT),
-    "net_rx_bytes_sec": ("netRxBytesSec", COUNT),
-    "net_tx_bytes_sec": ("netTxBytesSec", COUNT),
-    "net_rx_errors": ("netRxErrors", COUNT),
-    "net_tx_errors": ("netTxErrors", COUNT),
-    "tcp_established": ("tcpEstablished", INT4),
-    "tcp_time_wait": ("tcpTimeWait", INT4),
-    "open_files": ("openFiles", INT4),
+
+# Our names -> those of tinomail-monitor.
+MONITOR_SYSTEM = {
+    "cpu_percent": "cpuPercent",
+    "ram_used_percent": "ramPercent",
+    "ram_used_bytes": "ramUsedBytes",
+    "disk_used_percent": "diskPercent",
+    "disk_free_bytes": "diskFreeBytes",
+    "disk_read_bytes_sec": "diskReadBytesSec",
+    "disk_write_bytes_sec": "diskWriteBytesSec",
+    "net_rx_bytes_sec": "netRxBytesSec",
+    "net_tx_bytes_sec": "netTxBytesSec",
+    "net_rx_errors": "netRxErrors",
+    "net_tx_errors": "netTxErrors",
+    "tcp_established": "tcpEstablished",
+    "tcp_time_wait": "tcpTimeWait",
+    "open_files": "openFiles",
 }
-# No others: a name that it does not know might cost the whole sample.
-MONITOR_NAMES = {
-    "zonemta": "zone-mta", "wildduck": "wildduck", "haraka": "haraka", "rspamd": "rspamd",
-    "redis": "redis-server", "mongodb": "mongod",
+MONITOR_LOADS = ("load1m", "load5m", "load15m")
+MONITOR_PROCESSES = {"zonemta": "zone-mta", "redis": "redis-server", "mongodb": "mongod"}
+# Its pages have a tab for `zonemta`, none for these.
+MONITOR_ROLES = {"zonemta-outbound": "zonemta", "zonemta-local": "zonemta"}
+# Its name -> the sum of which of ours. `sentTotal` is what its page takes rates from: mails that
+# were delivered, bounced, or tried at least once. `queueSize` is all that waits, as in mailq.
+MONITOR_QUEUE = {
+    "queueSize": ("queued", "deferred"),
+    "deferredTotal": ("deferred",),
+    "sentTotal": ("delivered_total", "bounced_total", "deferred"),
+    "deliveredTotal": ("delivered_total",),
+    "bouncedTotal": ("bounced_total",),
+    "rejectedTotal": ("rejected_total",),
+    "connectionsActive": ("connections",),
 }
+# Columns of 4 bytes: a larger value is a 500 for the whole sample.
+MONITOR_INT4 = ("tcpEstablished", "tcpTimeWait", "openFiles", "queueSize", "connectionsActive")
 
 
 def _monitor_node(node: Node) -> dict[str, Any]:
@@ -1641,42 +1615,56 @@ def _monitor_node(node: Node) -> dict[str, Any]:
         system = platform.freedesktop_os_release()  # os-release(5)
         metadata |= {"distro": system["NAME"], "release": system.get("VERSION_ID", "rolling")}
     return {
-        "nodeId": node.node_id, "hostname": node.hostname, "role": node.role,
+        "nodeId": node.node_id, "hostname": node.hostname,
+        "role": MONITOR_ROLES.get(node.role, node.role),
         "ipAddress": node.ip.partition("%")[0],  # fe80::1%eth0
         "metadata": metadata,
     }
 
 
-def _monitor_body(packed: bytes, node_id: str) -> dict[str, Any]:
-    neutral = _dict(unpack(packed))
-    system, role = _dict(neutral.get("system")), str(neutral.get("role"))
+def _monitor_body(neutral: Neutral, node_id: str) -> dict[str, Any]:
+    system, role = neutral["system"], neutral["role"]
     body: dict[str, Any] = {
-        "nodeId": node_id, "nodeRole": role if role in ROLE_PORTS else "unknown",
-        **_timestamp(neutral),
+        "nodeId": node_id, "nodeRole": MONITOR_ROLES.get(role, role),
+        "timestamp": neutral["timestamp"],
+        **_int4({new: system[old] for old, new in MONITOR_SYSTEM.items() if old in system}),
+        **dict(zip(MONITOR_LOADS, system.get("load_avg", ()))),
     }
-    for ours, (theirs, fits) in MONITOR_SYSTEM.items():
-        if fits(system.get(ours)):
-            body[theirs] = system[ours]
-    if LOADS(system.get("load_avg")):
-        body |= zip(("load1m", "load5m", "load15m"), system["load_avg"])
     processes = [
-        {"name": MONITOR_NAMES[name], "running": process["status"] == "running",
-         "cpuPercent": process["cpu_percent"], "memoryMB": process["memory_mb"],
-         **({"pid": process["pid"]} if process["pid"] else {})}
-        for name, process in _dict(neutral.get("processes")).items()
-        if name in MONITOR_NAMES and is_process(process)
+        {"name": MONITOR_PROCESSES.get(name, name), "running": row["status"] == "running",
+         "pid": row.get("pid"),  # null, but never absent: that is a 500 for the whole sample
+         "cpuPercent": row.get("cpu_percent", 0), "memoryMB": row.get("memory_mb", 0)}
+        for name, row in neutral.get("processes", {}).items()
     ]
     # The node counts as alive only with processes, but where none could be read, "not running"
     # would be a lie: the rest of the sample is posted without them.
     return {**body, "processes": processes} if processes else body
 
 
-# TinoMail Monitor as it is deployed: x-api-key, camelCase, never gzip, never null. It takes
-# samples of nodes that it does not know, so that a 404 never asks for a registration.
+def _monitor_queue(neutral: Neutral, node_id: str) -> dict[str, Any]:
+    figures = neutral.get("zonemta", {})
+    known = {
+        theirs: sum(figures[name] for name in ours)
+        for theirs, ours in MONITOR_QUEUE.items() if figures.keys() >= set(ours)
+    }
+    return {"nodeId": node_id, "timestamp": neutral["timestamp"], **_int4(known)} if known else {}
+
+
+def _int4(figures: dict[str, Any]) -> dict[str, Any]:
+    """Leave out what is too large for a column of 4 bytes."""
+    return {
+        name: value for name, value in figures.items()
+        if name not in MONITOR_INT4 or value < 2**31
+    }
+
+
+# TinoMail Monitor as it is deployed: x-api-key, camelCase, never gzip. It takes samples of nodes
+# that it does not know, so that a 404 never asks for a registration.
 MONITOR = Dialect(
     headers=lambda key: {"x-api-key": key, "Content-Type": "application/json"},
     node=_monitor_node,
     body=_monitor_body,
+    queue=_monitor_queue,
     hints=(
         Hint((401,), b"", Outcome.KEPT,
              "the dashboard does not accept API_KEY: set the key that it gave out; "
@@ -1690,10 +1678,6 @@ MONITOR = Dialect(
 )
 
 DIALECTS = {"v1": V1, "tinomail-monitor": MONITOR}
-
-
-def _json(body: Mapping[str, Any]) -> bytes:
-    return json.dumps(body, separators=(",", ":"), allow_nan=False).encode()
 
 
 # --- the way to the dashboard ------------------------------------------------------------
@@ -1711,6 +1695,7 @@ class Answer:
     retry_after: str = ""
     location: str = ""
     took_s: float = 0.0
+    is_lasting: bool = False  # no answer, and waiting does not mend it
 
 
 class Transport:
@@ -1823,7 +1808,7 @@ class Transport:
             is_closed = any(isinstance(cause, CLOSED) for cause in causes)
             if is_closed and raw is None and self._connects == connects:
                 return None
-            return Answer(0, explain(causes))
+            return Answer(0, explain(causes), is_lasting=is_lasting(causes))
         finally:
             self._timer.cancel()
             if self._line and self._connection.sock is None:  # closed by urllib3: close ours too
@@ -2076,6 +2061,18 @@ def explain(causes: list[BaseException]) -> str:
     return os.strerror(codes[-1]) if codes else f"the request failed ({kind_name})"
 
 
+def is_lasting(causes: list[BaseException]) -> bool:
+    """Tell whether waiting does not mend it: a certificate, TLS, a name that does not exist."""
+    passing = (*CLOSED, TimeoutError, http.client.IncompleteRead)
+    lasting = (TrustError, WrongName, ssl.SSLError, HeadersTooLong, http.client.HTTPException)
+    for cause in causes:
+        if isinstance(cause, socket.gaierror):
+            return cause.errno != socket.EAI_AGAIN
+        if isinstance(cause, (*passing, *lasting)):
+            return not isinstance(cause, passing)
+    return False
+
+
 def _causes(error: BaseException) -> Iterator[BaseException]:
     seen: list[BaseException] = []
     ahead: list[Any] = [error]
@@ -2197,6 +2194,9 @@ def read_sample(seq: int, packed: bytes) -> Sample | None:
             and "system" in body and all(isinstance(part, dict) for part in parts)
             and TIMESTAMP.fullmatch(body["timestamp"])
         )
+        services_of(body)
+        for dialect in DIALECTS.values():  # what can be rendered now can be each time
+            _json(dialect.body(body, "")), _json(dialect.queue(body, ""))
     except Exception:  # whatever a file may hold: it must not stop the start
         return None
     return Sample(seq, body["role"], packed) if is_sample else None
@@ -2927,6 +2927,20 @@ ROLE_PORTS = {
     "mongodb": (27017,),
     "unknown": MAIL_PORTS,
 }
+SERVICE_PORTS = {
+    "zonemta": (587, 12080), "haraka": (25,), "rspamd": (11334,), "redis": (6379,),
+    "mongodb": (27017,), "wildduck": (993, 995),
+}
+
+
+def ports_of(role: str, services: Iterable[str]) -> tuple[int, ...]:
+    """Return the ports to check: of a role, else of the service whose name it begins with,
+    else of the services on the node."""
+    if role in ROLE_PORTS:
+        return ROLE_PORTS[role]
+    named = [name for name in SERVICE_PORTS if role.lower().startswith(name)]
+    ports = [port for name in named or services for port in SERVICE_PORTS.get(name, ())]
+    return tuple(dict.fromkeys(ports)) or MAIL_PORTS
 
 # Native servers keep the name of their program: comm -> service.
 SERVICE_COMMS = {
@@ -3223,6 +3237,68 @@ def _serves(message: memoryview, family: int, wanted: bytes) -> bool:
     return True
 
 
+# --- ZoneMTA's own figures ---------------------------------------------------------------
+
+# A figure of ours -> the metric of ZoneMTA's and the label to sum up, over all zones. What a
+# sender gives up for good is "rejected"; "bounced" is what went back to the author of a mail.
+ZONEMTA_FIGURES = {
+    "queued": ("queue_size", "queued"),
+    "deferred": ("queue_size", "deferred"),
+    "delivered_total": ("delivery_status", "delivered"),
+    "bounced_total": ("bounce_generation", ""),
+    "rejected_total": ("delivery_status", "rejected"),
+    "connections": ("connection_pool_size", ""),
+}
+ZONEMTA_METRIC = re.compile(r"^zonemta_(\w+)(\{.*\})? (\d{1,15})$", re.MULTILINE)
+ZONEMTA_LABEL = re.compile(r'[{,](?:status|type)="(\w*)"')
+
+
+def parse_zonemta(text: str) -> dict[str, int]:
+    """Return ZoneMTA's figures from its answer to GET /metrics (Prometheus' text format)."""
+    sums: dict[tuple[str, str], int] = {}
+    for metric, labels, value in ZONEMTA_METRIC.findall(text):
+        source = metric, "".join(ZONEMTA_LABEL.findall(labels))
+        sums[source] = sums.get(source, 0) + int(value)
+    return {
+        name: sums.get(source, 0) for name, source in ZONEMTA_FIGURES.items()
+        # a counter that is declared, but has no value yet, begins at 0
+        if source in sums or f"# TYPE zonemta_{source[0]} counter\n" in text
+    }
+
+
+class ZoneMta:
+    """Asks ZoneMTA's HTTP API over one kept connection."""
+
+    def __init__(self, url: str) -> None:
+        self._path = f"{urlsplit(url).path}/metrics"
+        self._connection = http.client.HTTPConnection(urlsplit(url).netloc, timeout=DAEMON_LIMIT_S)
+        self._worker = Worker(DAEMON_LIMIT_S, Problems())
+
+    def read(self, is_running: bool) -> dict[str, int] | None:
+        """Return its figures, None while it hangs; raise one of READ_ERRORS without an answer."""
+        results = self._worker.run({"ZoneMTA's API": self._ask} if is_running else {})
+        result = results.get("ZoneMTA's API", None if is_running else {})
+        if isinstance(result, Exception):
+            raise result
+        return result
+
+    def _ask(self) -> dict[str, int]:
+        with contextlib.suppress(ConnectionError):  # it closes an idle connection after 5 s
+            return self._get()
+        return self._get()
+
+    def _get(self) -> dict[str, int]:
+        with contextlib.ExitStack() as on_failure:
+            on_failure.callback(self._connection.close)
+            self._connection.request("GET", self._path)
+            answer = self._connection.getresponse()
+            figures = parse_zonemta(answer.read(ZONEMTA_ANSWER_BYTES).decode("utf-8", "replace"))
+            if answer.status != 200 or answer.read(1) or answer.length or not figures:
+                raise ValueError(f"it answered {answer.status} without ZoneMTA's figures")
+            on_failure.pop_all()
+            return figures
+
+
 # --- settings ----------------------------------------------------------------------------
 
 
@@ -3257,6 +3333,15 @@ def _url(text: str) -> str:
     return parts.geturl().rstrip("/")  # with the scheme in lower case
 
 
+def _zonemta_url(text: str) -> str:
+    if text.lower() == "off":
+        return "off"
+    url = _url(text)
+    if not url.startswith("http://"):
+        raise ValueError("must be off, or begin with http://: ZoneMTA's API speaks nothing else")
+    return url
+
+
 def _key(text: str) -> str:
     if not all("!" <= c <= "~" for c in text):
         raise ValueError("must be visible ASCII without blanks or line breaks")
@@ -3267,6 +3352,12 @@ def _node_id(text: str) -> str:
     if not re.fullmatch(r"[A-Za-z0-9._:@-]{1,100}", text):
         raise ValueError("must be 1 to 100 letters, digits or . _ : @ -")
     return text
+
+
+def _role(text: str) -> str:
+    if not 1 <= len(text) <= 50 or not text.isprintable() or text != text.strip():
+        raise ValueError("must be auto, or a name of 1 to 50 printable characters")
+    return text.lower() if text.lower() in ("auto", *ROLE_PORTS) else text
 
 
 def _whole(low: int, high: int) -> Callable[[str], int]:
@@ -3381,8 +3472,7 @@ class Config:
     )
     node_id: str = _setting(_node_id, "", "name of this node; empty: its host name", "mta-01")
     node_role: str = _setting(
-        _choice("auto", *ROLE_PORTS), "auto",
-        "role of this node; auto: by the mail daemons that run", "zonemta-outbound",
+        _role, "auto", "role of this node; auto: by the mail daemons that run", "zonemta-outbound"
     )
     heartbeat_interval: int = _setting(
         _whole(1_000, 300_000), "15000", "time between two samples, in milliseconds", "15000"
@@ -3411,6 +3501,10 @@ class Config:
         _watched, "",
         "more services to report, as name=program (the exact name that ps -o comm shows)",
         "postfix=master,dovecot=dovecot",
+    )
+    zonemta_url: str = _setting(
+        _zonemta_url, "http://127.0.0.1:12080",
+        "address of ZoneMTA's HTTP API, for its queue; off: do not ask", "http://127.0.0.1:12080",
     )
     buffer_size: int = _setting(
         _whole(10, 10_000), "100", "samples kept while the dashboard cannot be reached", "1000"
@@ -3653,14 +3747,15 @@ def build_parser() -> argparse.ArgumentParser:
         description="Samples this mail node and reports it to a dashboard. "
         "Without an option it runs as a service.",
         epilog="settings, from the environment or the env file:\n" + "\n".join(lines)
-        + "\n\nexit codes: 0 done, 1 failed, 2 wrong usage, 78 wrong settings",
+        + "\n\nexit codes: 0 done, 1 failed, 2 wrong usage, 75 the dashboard cannot be reached"
+        " now, 78 wrong settings",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument("--once", action="store_true", help="print one sample as JSON; post nothing")
     mode.add_argument(
         "--check", action="store_true",
-        help="show the settings and one sample, and register this node to try the dashboard",
+        help="show the settings and one sample, register this node and post that sample",
     )
     parser.add_argument("--env-file", metavar="FILE", help="read the settings from this file")
     parser.add_argument("--version", action="version", version=f"tinomail-agent {VERSION}")
@@ -3686,7 +3781,7 @@ def take_sample(config: Config) -> tuple[Sample, dict[str, float]]:
 
 def run_once(config: Config) -> int:
     sample, _ = take_sample(config)
-    body = DIALECTS[config.dashboard_api].body(sample.packed, config.node_id)
+    body = DIALECTS[config.dashboard_api].body(unpack(sample.packed), config.node_id)
     print(json.dumps(body, indent=2))
     return 0
 
@@ -3708,20 +3803,38 @@ def run_check(config: Config) -> int:
         f"\ncost: {cost['cpu_ms']:.1f} ms of CPU and {cost['wall_ms']:.0f} ms for this sample, "
         f"{cost['rss_mib']:.1f} MiB of memory"
     )
-    ip = transport.route_ip()
-    dialect = DIALECTS[config.dashboard_api]
-    request = dialect.register(node_of(config.node_id, sample, ip), config.api_key)
-    answer = transport.post(request)
-    verdict = judge_registration(answer, config.api_key, dialect.hints)
     print(f"\ndialect: DASHBOARD_API={config.dashboard_api}")
+    code, words = try_dashboard(config, transport, sample)
+    print(f"dashboard: {words}")
+    return code
+
+
+def try_dashboard(config: Config, transport: Transport, sample: Sample) -> tuple[int, str]:
+    """Register this node and post a sample; return the exit code, and what came of it.
+
+    Without the part `agent`: what this process counts says nothing about the service.
+    """
+    dialect, key, started = DIALECTS[config.dashboard_api], config.api_key, time.monotonic()
+    ip = transport.route_ip()
+    answer = transport.post(dialect.register(node_of(config.node_id, sample, ip), key))
+    verdict = judge_registration(answer, key, dialect.hints)
     if verdict.outcome is not Outcome.DELIVERED:
-        print(f"dashboard: FAILED: {verdict}")
-        return 1
-    confirmed = dialect.confirmed_id(answer.body) or config.node_id
-    node_id = printable(confirmed, config.api_key)
-    print(f"dashboard: ok, registered as {node_id} (role {sample.role}, address {ip}) "
-          f"in {answer.took_s * 1000:.0f} ms")
-    return 0
+        return check_code(answer, verdict), f"FAILED: {verdict}"
+    node_id = dialect.confirmed_id(answer.body) or config.node_id
+    registered = f"registered as {printable(node_id, key)} (role {sample.role}, address {ip})"
+    neutral = {name: part for name, part in unpack(sample.packed).items() if name != "agent"}
+    answer = transport.post(dialect.sample(pack(neutral), node_id, key))
+    verdict = judge(answer, key, dialect.hints)
+    if verdict.outcome is not Outcome.DELIVERED:
+        words = f"FAILED: {registered}, but it did not take the sample: {verdict}"
+        return check_code(answer, verdict), words
+    took_ms = (time.monotonic() - started) * 1000
+    return 0, f"ok, {registered}, and it took the sample, in {took_ms:.0f} ms"
+
+
+def check_code(answer: Answer, verdict: Verdict) -> int:
+    """Return the exit code of what was not delivered: 75 it may be well later, else 1."""
+    return EX_TEMPFAIL if verdict.outcome is Outcome.RETRY and not answer.is_lasting else 1
 
 
 def describe_setting(setting: Setting, config: Config) -> str:
@@ -3766,6 +3879,10 @@ def describe_sample(sample: Mapping[str, Any]) -> list[str]:
         if p["pid"]:
             line += f", pid {p['pid']}, {p['memory_mb']} MiB, {p['cpu_percent']} % CPU"
         lines.append(line)
+    if "zonemta" in sample:
+        figures = (f"{value} {name.replace('_total', '')}"
+                   for name, value in sample["zonemta"].items())
+        lines.append(f"mail queue  {', '.join(figures)}")
     states = {True: "up", False: "down"}
     ports = [f"{name[5:]} {states[up]}" for name, up in sample.get("services", {}).items()]
     return [*lines, f"ports       {', '.join(ports) or 'could not be checked'}"]

@@ -29,8 +29,8 @@ REFUSAL = b'{"error": "validation failed"}'
 NO_ANSWER = Answer(0, "connection refused")
 
 
-def sample(seq: int, role: str = "haraka") -> agent.Sample:
-    body = {"timestamp": f"t{seq}", "role": role, "system": {}}
+def sample(seq: int, role: str = "haraka", **parts: Any) -> agent.Sample:
+    body = {"timestamp": f"t{seq}", "role": role, "system": {}, **parts}
     return agent.Sample(seq, role, agent.pack(body))
 
 
@@ -64,6 +64,9 @@ class Site:
         self.duration_s = 0.0
         self.seq = 0
         self.role = "haraka"
+        self.parts: dict[str, Any] = {}  # of the next samples
+        self.queues: list[str] = []  # timestamps of what went to metrics/zonemta
+        self.queue_answer = OK
         self.sender = Sender(
             self.config, self.buffer, self, clock=self.clock.monotonic,  # type: ignore[arg-type]
             now=self.clock.time, jitter=lambda: 0.5,
@@ -77,6 +80,9 @@ class Site:
             self.nodes.append(json_of(request))
             return self.registration()
         body = json_of(request)
+        if request.path.endswith("/zonemta"):
+            self.queues.append(body["timestamp"])
+            return self.queue_answer
         self.posts.append((self.clock.elapsed, body["timestamp"]))
         self.ids.append(body["node_id" if self.api == "v1" else "nodeId"])
         answer = self.answer(request)
@@ -103,7 +109,7 @@ class Site:
         """Let heartbeats pass: a new sample at each, and what the sender does until the next."""
         for _ in range(count):
             self.seq += 1
-            self.buffer.put(sample(self.seq, self.role))
+            self.buffer.put(sample(self.seq, self.role, **self.parts))
             self.run(self.clock.elapsed + BEAT_S)
 
     def run(self, until: float) -> None:
@@ -591,7 +597,9 @@ def test_samples_go_on_when_a_later_registration_fails(
     assert line.startswith("cannot register again: registration: answered 500")
     site.registration = lambda: REGISTERED
     site.beat()
-    assert site.sender._registered == ("wildduck", "10.0.0.1")
+    assert (len(site.nodes), site.nodes[-1]["role"]) == (7, "wildduck")
+    site.beat(3)
+    assert len(site.nodes) == 7
 
 
 def test_no_route_at_the_start(site: Site, caplog: pytest.LogCaptureFixture) -> None:
@@ -600,6 +608,58 @@ def test_no_route_at_the_start(site: Site, caplog: pytest.LogCaptureFixture) -> 
     assert (site.nodes, site.counters.waiting) == ([], 3)
     [line] = said(caplog)
     assert "no route to" in line
+
+
+def test_registers_again_when_the_services_seen_change(api: str) -> None:
+    """Where the dashboard is told of them."""
+    site = Site(api)
+    row = {"status": "running", "pid": 7, "memory_mb": 1, "cpu_percent": 1}
+    gone = {"status": "not_found", "pid": None, "memory_mb": 0, "cpu_percent": 0}
+    for zonemta in (gone, gone, row, row, {**row, "pid": 8}, {**row, "status": "stopped"}, gone):
+        site.parts = {"processes": {"redis": row, "zonemta": zonemta}}
+        site.beat()
+    if api == "v1":
+        assert len(site.nodes) == 1
+    else:
+        found = [node["metadata"]["detectedServices"] for node in site.nodes]
+        assert found == [["redis"], ["redis", "zonemta"], ["redis"]]
+    assert site.counters.delivered == 7
+
+
+# --- ZoneMTA's figures
+
+QUEUE = {"zonemta": {"queued": 3, "deferred": 4}}
+
+
+def test_zonemtas_figures_go_out_after_the_newest_sample_alone(api: str) -> None:
+    site = Site(api)
+    site.beat(2)  # without figures
+    site.parts = QUEUE
+    site.answer = lambda request: Answer(503)
+    site.beat(3)
+    assert (site.queues, site.counters.waiting) == ([], 3)
+    site.answer = lambda request: OK
+    site.beat(2)
+    assert site.counters.delivered == 7
+    assert site.queues == ([] if api == "v1" else ["t6", "t7"])  # not those that waited
+
+
+@pytest.mark.parametrize(
+    "answer", [Answer(500, body=b"{}"), NO_ANSWER, Answer(401), Answer(404, body=b"{}"),
+               Answer(429, retry_after="60"), Answer(422, body=b"{}")], ids=str,
+)
+def test_figures_that_are_not_taken_are_not_tried_again_and_cost_no_sample(
+    answer: Answer, caplog: pytest.LogCaptureFixture
+) -> None:
+    site = Site("tinomail-monitor")
+    site.parts, site.queue_answer = QUEUE, answer
+    site.beat(4)
+    assert site.queues == ["t1", "t2", "t3", "t4"]
+    assert site.delivered == ["t1", "t2", "t3", "t4"]
+    assert [at for at, _ in site.posts] == [0, BEAT_S, 2 * BEAT_S, 3 * BEAT_S]
+    assert (site.counters.waiting, len(site.nodes)) == (0, 1)
+    [line] = said(caplog, logging.WARNING)
+    assert line.startswith("cannot deliver ZoneMTA's figures: ")
 
 
 # --- the clock of the node

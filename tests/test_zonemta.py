@@ -1,0 +1,319 @@
+"""ZoneMTA's own figures: what is read from its HTTP API, and what a bad API costs."""
+
+from __future__ import annotations
+
+import logging
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+import pytest
+from conftest import FakeClock, eventually, make_config
+
+import tinomail_agent as agent
+
+# In the form of ZoneMTA 3.10: labels only after the first count, the queue after 10 s.
+FRESH = """\
+# HELP zonemta_delivery_status Delivery status
+# TYPE zonemta_delivery_status counter
+
+# HELP zonemta_message_push Messages pushed to queue
+# TYPE zonemta_message_push counter
+
+# HELP zonemta_bounce_generation Bounce generation
+# TYPE zonemta_bounce_generation counter
+zonemta_bounce_generation 0
+
+# HELP zonemta_connection_pool_size Connection Pool Size
+# TYPE zonemta_connection_pool_size gauge
+zonemta_connection_pool_size 0
+
+# HELP zonemta_queue_size Current size of the queue
+# TYPE zonemta_queue_size gauge
+
+# HELP process_cpu_seconds_total Total user and system CPU time spent in seconds.
+# TYPE process_cpu_seconds_total counter
+process_cpu_seconds_total 2.4352759999999996
+"""
+BUSY = """\
+# TYPE zonemta_delivery_status counter
+zonemta_delivery_status{status="delivered",zone="default"} 20
+zonemta_delivery_status{status="deferred",zone="default"} 7
+zonemta_delivery_status{zone="bounces",status="rejected"} 5
+zonemta_delivery_status{status="delivered",zone="odd} \\"zone\\",status=\\"rejected\\""} 300
+zonemta_delivery_status{status="rejected",zone="default"} 1
+zonemta_message_push{result="success"} 32
+zonemta_bounce_generation 5
+zonemta_connection_pool_size 4
+zonemta_queue_size{type="queued"} 3
+zonemta_queue_size{type="deferred"} 7
+zonemta_blacklisted 0
+"""
+FIGURES = {"queued": 3, "deferred": 7, "delivered_total": 320, "bounced_total": 5,
+           "rejected_total": 6, "connections": 4}
+ZEROS = {"delivered_total": 0, "bounced_total": 0, "rejected_total": 0, "connections": 0}
+
+
+@pytest.mark.parametrize(
+    ("text", "figures"),
+    [
+        (BUSY, FIGURES),
+        (FRESH, ZEROS),  # no queue: it has not been counted yet
+        ("", {}),
+        ("<html>zonemta_queue_size</html>", {}),
+        ("zonemta_queue_size 3\n", {}),
+        ('zonemta_queue_size{type="queued"} NaN\n', {}),
+        ('zonemta_queue_size{type="queued"} -1\n', {}),
+        ('zonemta_queue_size{type="queued"} 12', {"queued": 12}),
+        ('zonemta_queue_size{type="queued"} 1.5\n', {}),
+        (f'zonemta_queue_size{{type="queued"}} {"9" * 400}\n', {}),
+    ],
+)
+def test_parsing(text: str, figures: dict[str, int]) -> None:
+    assert agent.parse_zonemta(text) == figures
+
+
+class Api(ThreadingHTTPServer):
+    """ZoneMTA's API: `answer` writes one; counts connections and requests."""
+
+    daemon_threads = True
+
+    def __init__(self) -> None:
+        self.connections = 0
+        self.requests: list[str] = []
+        self.answer: Callable[[Any], None] = lambda handler: send(handler, BUSY.encode())
+        self.release = threading.Event()
+        api = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def setup(self) -> None:
+                super().setup()
+                api.connections += 1
+
+            def do_GET(self) -> None:
+                api.requests.append(self.path)
+                api.answer(self)
+
+            def log_message(self, format: str, *args: Any) -> None:
+                pass
+
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server_address[1]}"
+
+
+def send(handler: Any, body: bytes, status: int = 200, length: int | None = None) -> None:
+    handler.send_response(status)
+    handler.send_header("Content-Length", str(len(body) if length is None else length))
+    handler.end_headers()
+    handler.wfile.write(body)
+
+
+@contextmanager
+def serving() -> Iterator[Api]:
+    api = Api()
+    threading.Thread(target=api.serve_forever, args=(0.05,), daemon=True).start()
+    try:
+        yield api
+    finally:
+        api.release.set()
+        api.shutdown()
+        api.server_close()
+
+
+@pytest.fixture
+def api() -> Iterator[Api]:
+    with serving() as server:
+        yield server
+
+
+def test_one_connection_is_kept(api: Api) -> None:
+    zonemta = agent.ZoneMta(api.url)
+    for _ in range(3):
+        assert zonemta.read(True) == FIGURES
+    assert (api.requests, api.connections) == (["/metrics"] * 3, 1)
+
+
+def test_an_idle_connection_that_zonemta_closed_is_no_failure(api: Api) -> None:
+    def answer_once(handler: Any) -> None:
+        send(handler, BUSY.encode())
+        handler.close_connection = True
+
+    api.answer = answer_once
+    zonemta = agent.ZoneMta(api.url)
+    for _ in range(3):
+        assert zonemta.read(True) == FIGURES
+    assert api.connections == 3
+
+
+def test_a_path_in_front_of_the_api(api: Api) -> None:
+    assert agent.ZoneMta(f"{api.url}/mta").read(True) == FIGURES
+    assert api.requests == ["/mta/metrics"]
+
+
+def test_it_is_not_asked_while_zonemta_does_not_run(api: Api) -> None:
+    assert agent.ZoneMta(api.url).read(False) == {}
+    assert api.connections == 0
+
+
+def chunked(handler: Any, end: bytes) -> None:
+    handler.send_response(200)
+    handler.send_header("Transfer-Encoding", "chunked")
+    handler.end_headers()
+    data = BUSY.encode()
+    handler.wfile.write(b"%x\r\n%s\r\n" % (len(data), data) + end)
+    handler.close_connection = True
+
+
+def cut_off(handler: Any) -> None:
+    send(handler, BUSY.encode()[:-300], length=len(BUSY.encode()))
+    handler.close_connection = True
+
+
+def no_http(handler: Any) -> None:
+    handler.wfile.write(b"220 mail.example.com ESMTP\r\n")
+    handler.close_connection = True
+
+
+BAD: dict[str, Callable[[Any], None]] = {
+    "500": lambda handler: send(handler, BUSY.encode(), 500),
+    "503 without a body": lambda handler: send(handler, b"", 503),
+    "a web page": lambda handler: send(handler, b"<html>Welcome</html>"),
+    "a redirect": lambda handler: send(handler, b"", 302),
+    "cut off": cut_off,
+    "more than 256 KiB": lambda handler: send(handler, BUSY.encode() + b"#" * 256 * 1024),
+    "not HTTP": no_http,
+    "chunks that end early": lambda handler: chunked(handler, b""),
+}
+
+
+@pytest.mark.parametrize("kind", BAD)
+def test_a_bad_answer_gives_no_figures_and_the_next_good_one_does(kind: str, api: Api) -> None:
+    zonemta, good = agent.ZoneMta(api.url), api.answer
+    for _ in range(2):
+        api.answer = BAD[kind]
+        with pytest.raises(agent.READ_ERRORS):
+            zonemta.read(True)
+        api.answer = good
+        assert zonemta.read(True) == FIGURES
+
+
+def test_chunks_are_as_good(api: Api) -> None:
+    api.answer = lambda handler: chunked(handler, b"0\r\n\r\n")
+    assert agent.ZoneMta(api.url).read(True) == FIGURES
+
+
+def hang(api: Api) -> Callable[[Any], None]:
+    def answer(handler: Any) -> None:
+        api.release.wait(120)
+
+    return answer
+
+
+def drip(api: Api) -> Callable[[Any], None]:
+    """An answer of a byte a second: the time limit of a socket begins anew with each."""
+
+    def answer(handler: Any) -> None:
+        for byte in b"HTTP/1.1 200 OK\r\nX: " + b"a" * 500:
+            if api.release.wait(1.0):
+                return
+            handler.wfile.write(bytes([byte]))
+
+    return answer
+
+
+@pytest.mark.parametrize("is_dripping", [False, True])
+def test_an_api_that_hangs_is_logged_once_and_asked_again_when_it_returned(
+    is_dripping: bool, api: Api, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "tinomail_agent")
+    zonemta, good = agent.ZoneMta(api.url), api.answer
+    api.answer = drip(api) if is_dripping else hang(api)
+    started = time.monotonic()
+    found = [zonemta.read(True) for _ in range(3)]
+    assert None in found and not any(found)
+    assert time.monotonic() - started < 3 * agent.DAEMON_LIMIT_S + 1
+    assert [r.getMessage() for r in caplog.records] == ["ZoneMTA's API hangs"]
+    api.answer = good
+    api.release.set()
+
+    def is_well() -> bool:
+        try:
+            return zonemta.read(True) == FIGURES
+        except agent.READ_ERRORS:
+            return False  # what hung ends with an error
+
+    eventually(is_well)
+    assert caplog.records[-1].getMessage() == "ZoneMTA's API no longer hangs"
+
+
+# --- in a sample
+
+
+class Table:
+    """Stands for the table of processes: which service runs is not what is tried here."""
+
+    def __init__(self, *running: str) -> None:
+        self.running = running
+
+    def read(self) -> dict[str, dict[str, Any]]:
+        row = {"status": "running", "pid": 7, "memory_mb": 1.0, "cpu_percent": 0.0}
+        gone = {"status": "not_found", "pid": None, "memory_mb": 0, "cpu_percent": 0}
+        return {name: row if name in self.running else gone for name in agent.SERVICES}
+
+
+def collector_for(url: str, *running: str) -> agent.Collector:
+    collector = agent.Collector(
+        make_config(zonemta_url=url, node_role="haraka", check_ports="1"),
+        clock=FakeClock().monotonic,
+    )
+    collector._processes = Table(*running)  # type: ignore[assignment]
+    collector.readers = {}
+    return collector
+
+
+def taken(collector: agent.Collector) -> dict[str, Any]:
+    return agent.unpack(collector.collect().packed)
+
+
+def test_a_sample_has_the_figures_while_zonemta_runs(api: Api) -> None:
+    collector = collector_for(api.url, "zonemta")
+    assert taken(collector)["zonemta"] == FIGURES
+    collector._processes.running = ()  # type: ignore[attr-defined]
+    assert "zonemta" not in taken(collector)
+    assert len(api.requests) == 1
+    assert "zonemta" not in taken(collector_for("off", "zonemta"))
+
+
+def test_an_api_that_does_not_answer_means_no_figures_and_one_line(
+    caplog: pytest.LogCaptureFixture
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+    collector = collector_for(f"http://127.0.0.1:{port}", "zonemta")
+    samples = [taken(collector) for _ in range(3)]
+    assert not any("zonemta" in sample for sample in samples)
+    lines = [r.getMessage() for r in caplog.records if "ZoneMTA" in r.getMessage()]
+    assert len(lines) == 1
+    assert "ZONEMTA_URL" in lines[0] and "Connection refused" in lines[0]
+    errors = [sample["agent"]["collect_errors"] for sample in samples]
+    assert errors[2] - errors[0] == 2
+
+
+def test_a_hanging_api_is_a_line_and_a_collect_error_and_delays_a_sample_once(
+    api: Api, caplog: pytest.LogCaptureFixture
+) -> None:
+    api.answer = hang(api)
+    collector = collector_for(api.url, "zonemta")
+    assert "zonemta" not in taken(collector)
+    started = time.monotonic()
+    sample = taken(collector)
+    assert time.monotonic() - started < 1
+    assert sample["agent"]["collect_errors"] >= 2
+    lines = [r.getMessage() for r in caplog.records if "ZoneMTA" in r.getMessage()]
+    assert lines == ["ZoneMTA's API hangs"]

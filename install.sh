@@ -14,7 +14,8 @@
 #   --node-id ID     name of this node (default: its host name)
 #   --python FILE    Python 3.10 or later to run it with (default: python3 of the system)
 #   --replace-node-agent  if the Node.js agent of /opt/tinomail-agent runs this node's reports:
-#                    take its settings, stop it, and put it back if the new agent fails
+#                    take its settings, stop it, and put it back if the new agent does not deliver
+#   --without-mongodb  beside it, where that agent reports MongoDB: go on without these figures
 #
 # Settings are in /etc/tinomail-agent/agent.env (root only) and may also be written there before.
 # Exit codes: 0 the agent is active; 1 failed, and what was there before is back (but a first
@@ -35,6 +36,7 @@ ETC=/etc/tinomail-agent
 ENV_FILE=$ETC/agent.env
 BROUGHT=$ETC/packages  # what apt installed for the agent's sake
 ACTIVE_WITHIN=30  # seconds
+DELIVERS_WITHIN=60
 NODE_AGENT=/opt/tinomail-agent  # the Node.js agent, which has a unit of the same name
 KEPT=$NODE_AGENT/old-unit       # its unit and drop-ins, once it has been replaced
 # For a venv, when there is neither lib/ nor apt; as in pyproject.toml.
@@ -46,7 +48,7 @@ here=$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")
 new=$DEST.new      # what is about to be installed
 old=$DEST.old      # what was there before, until the new one has proved itself
 url='' key_file='' api='' role='' node_id='' python='' uninstall=no purge=no
-replace=no takeover=no was_active=no was_enabled=no  # of the Node.js agent
+replace=no without_mongodb=no takeover=no was_active=no was_enabled=no  # of the Node.js agent
 # How far it got: something was there before; it is being replaced; the new one has proved itself;
 # an earlier run was cut off before that.
 had=no had_state=no placed=no proved=no unproven=no
@@ -70,6 +72,7 @@ read_options() {
             --uninstall) uninstall=yes ;;
             --purge)     purge=yes ;;
             --replace-node-agent) replace=yes ;;
+            --without-mongodb) without_mongodb=yes ;;
             -h|--help)   usage; exit 0 ;;
             *)           die "unknown option; see --help" 2 ;;  # it may be the key: never shown
         esac
@@ -107,25 +110,14 @@ is_node_agent() {
     [ -e "$UNIT_FILE" ] && grep -qE '^ExecStart=.*tsx src/index\.ts[[:space:]]*$' "$UNIT_FILE"
 }
 
-# What it reports and this agent does not, as far as can be seen from outside.
-say_what_would_stop() {
-    local page setting program
-    while read -r page setting program; do
-        if grep -qsE "^[[:space:]]*(export )?$setting=." "$NODE_AGENT/.env"; then
-            say "  ${page//_/ } ($setting is set in its .env)"
-        elif [ -n "$program" ] && pgrep -fi "$program" >/dev/null 2>&1; then
-            say "  ${page//_/ } (it runs here, and newer versions of that agent find it by themselves)"
-        fi
-    done <<'PAGES'
-figures_of_MongoDB AGENT_MONGODB_URI (^|/)mongod( |$)
-figures_of_Redis AGENT_REDIS_URL (^|/)redis-server( |$)
-figures_of_ZoneMTA AGENT_ZONEMTA_API_URL (^|/| )zone-?mta( |:|/|$)
-mails_of_ZoneMTA AGENT_ZONEMTA_MONGODB_URI
-PAGES
+# It reports MongoDB if it has an address of it, or finds a replica set on the node.
+reports_mongodb() {
+    grep -qsE '^[[:space:]]*(export )?AGENT_MONGODB_URI=.' "$NODE_AGENT/.env" ||
+        pgrep -f '(^|/)mongod( |$)' >/dev/null 2>&1
 }
 
 check_node_agent() {
-    local stops
+    local flags=--replace-node-agent
     is_node_agent || return 0
     [ -s "$NODE_AGENT/.env" ] ||
         die "$UNIT_FILE is the Node.js agent's, but $NODE_AGENT/.env is missing. Nothing was changed."
@@ -134,10 +126,17 @@ check_node_agent() {
         die "the old unit sets AGENT_... by Environment=: move these lines into $NODE_AGENT/.env, or give
   --node-id and whatever else they set as options. Nothing was changed."
     fi
-    stops=$(say_what_would_stop)
-    say "this node is reported by the Node.js agent in $NODE_AGENT. What would no longer be reported:"
-    say "${stops:-  nothing that can be seen from here}"
-    [ $replace = yes ] || die "--replace-node-agent replaces it. Nothing was changed."
+    say "this node is reported by the Node.js agent in $NODE_AGENT"
+    if reports_mongodb; then
+        say "it reports MongoDB's figures, which this agent does not: without them the dashboard's page of"
+        say "MongoDB goes stale, and after two minutes its alert \"MongoDB No Primary\" fires and stays"
+        flags+=' --without-mongodb'
+    else
+        without_mongodb=yes
+    fi
+    if [ $replace = no ] || [ $without_mongodb = no ]; then
+        die "$flags replaces it. Nothing was changed."
+    fi
     takeover=yes was_active=no was_enabled=no
     case $(systemctl show -p ActiveState --value "$UNIT") in active|activating|reloading) was_active=yes ;; esac
     if systemctl -q is-enabled "$UNIT" 2>/dev/null; then was_enabled=yes; fi
@@ -195,17 +194,23 @@ recover_node_agent() {
     had=no
 }
 
-# Would the dashboard take this node, as the old agent's settings have it? Asked while the old
-# one still runs. One that is away now will be asked later.
+# Does the dashboard take this node and a sample, as the old agent's settings have it? Asked
+# while the old one still runs.
 try_dashboard() {
-    local line
-    line=$(with_agent --check --env-file "$ENV_FILE.new" 2>&1 3<<<'import sys, tinomail_agent
-sys.exit(tinomail_agent.main())' | tail -1) || :
-    case $line in
-        'dashboard: FAILED: '*answered*|'dashboard: FAILED: '*certificate*|'dashboard: FAILED: TLS'*)
-            die "${line#dashboard: }
-  The Node.js agent goes on. Nothing was changed." ;;
-    esac
+    local said
+    said=$(with_agent --check --env-file "$ENV_FILE.new" 2>&1 3<<<'import sys, tinomail_agent
+sys.exit(tinomail_agent.main())') || die "${said##*dashboard: }
+  The Node.js agent goes on. Nothing was changed."
+}
+
+# The new agent has taken over when it has delivered a sample (STATUS= of its pings).
+has_delivered() {
+    local s
+    for ((s = 0; s < DELIVERS_WITHIN; s++)); do
+        [[ ! $(systemctl show -p StatusText --value "$UNIT") =~ ^ok:\ [1-9] ]] || return 0
+        sleep 1
+    done
+    return 1
 }
 
 check_foreign_command() {
@@ -360,6 +365,7 @@ def read(source):
 NODE_AGENT_NAMES = {  # of its settings, and of ours
     "AGENT_SERVER_URL": "DASHBOARD_URL", "AGENT_API_KEY": "API_KEY", "AGENT_NODE_ID": "NODE_ID",
     "AGENT_NODE_ROLE": "NODE_ROLE", "AGENT_HEARTBEAT_INTERVAL": "HEARTBEAT_INTERVAL",
+    "AGENT_ZONEMTA_API_URL": "ZONEMTA_URL",
 }
 
 
@@ -380,8 +386,6 @@ def taken_over(source):
     theirs.setdefault("AGENT_NODE_ID", "node-01")  # its own default: the node keeps its name
     found = {ours: theirs[name] for name, ours in NODE_AGENT_NAMES.items() if theirs.get(name)}
     found["DASHBOARD_API"] = "tinomail-monitor"
-    if found.get("NODE_ROLE", "").lower() == "zonemta":
-        found["NODE_ROLE"] = "zonemta-outbound"
     address = found.get("DASHBOARD_URL", "").lower()
     if not url and address.startswith("http://") and not is_loopback(address):
         found["ALLOW_HTTP"] = "true"
@@ -560,17 +564,15 @@ do_install() {
     else
         put_in_place
         start || failed "did not become active within $ACTIVE_WITHIN s"
+        [ $takeover = no ] || has_delivered || failed "did not deliver within $DELIVERS_WITHIN s"
     fi
     check=$(env -i PATH="$PATH" PYTHONNOUSERSITE=1 "$COMMAND" --check --env-file "$ENV_FILE" 2>&1) || :
     systemctl -q is-active "$UNIT" || failed "did not stay active"
     refusal=
     case $(say "$check" | tail -1) in
         'dashboard: FAILED: answered 40'[13]*) refusal=yes ;;
-        # In a takeover, any answer that is not a yes: the old agent's were taken.
-        'dashboard: FAILED: '*answered*) refusal=$takeover; [ $takeover = yes ] || refusal= ;;
     esac
-    if [ -n "$refusal" ] && { [ $takeover = yes ] ||
-        { [ -e "$ENV_FILE.old" ] && ! same "$ENV_FILE" "$ENV_FILE.old"; }; }; then
+    if [ -n "$refusal" ] && [ -e "$ENV_FILE.old" ] && ! same "$ENV_FILE" "$ENV_FILE.old"; then
         die "the dashboard refuses the key, or this node, with these settings: they are not kept"
     fi
     proved=yes placed=no

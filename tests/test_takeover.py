@@ -37,7 +37,7 @@ WantedBy=multi-user.target
 DROP_IN = "[Service]\nNice=7\nEnvironment=LOCAL=1\n"
 QUOTED_KEY = '"' + KEY.replace("\\", "\\\\").replace('"', '\\"').replace("$", "\\$") + '"'
 LOOPBACK = "http://127.0.0.1:8080"
-FLAG = "--replace-node-agent"
+FLAG = "--replace-node-agent --without-mongodb"
 INSTALL = "/root/bundle/install.sh"
 
 
@@ -103,12 +103,31 @@ def test_it_is_recognised_and_left_alone(node: Box) -> None:
     code, output = node.try_sh(INSTALL)
     assert code == 1
     assert f"the Node.js agent in {OLD}" in output
-    assert "figures of MongoDB (AGENT_MONGODB_URI is set in its .env)" in output
-    assert "figures of Redis (it runs here, and newer versions" in output
-    assert "ZoneMTA" not in output
+    assert 'its alert "MongoDB No Primary" fires and stays' in output
     assert f"{FLAG} replaces it. Nothing was changed." in output
+    assert not any(word in output for word in ("Redis", "rspamd", "mails", "ZoneMTA"))
     assert (state_of(node), node.pid()) == (before, pid)
     assert "secret" not in output
+
+
+def test_mongodbs_figures_are_not_given_up_by_accident(node: Box) -> None:
+    before, pid = state_of(node), node.pid()
+    code, output = node.try_sh(f"{INSTALL} --replace-node-agent")
+    assert (code, f"{FLAG} replaces it. Nothing was changed." in output) == (1, True), output
+    assert (state_of(node), node.pid()) == (before, pid)
+
+
+def test_a_node_without_mongodb_needs_no_further_flag(node: Box) -> None:
+    settings = "".join(
+        line for line in env_file().splitlines(True) if not line.startswith("AGENT_MONGODB")
+    )
+    node.write(f"{OLD}/.env", f"{settings}AGENT_ZONEMTA_API_URL=http://127.0.0.1:9\n", "600")
+    code, output = node.try_sh(INSTALL)
+    assert (code, "MongoDB" in output) == (1, False), output
+    output = node.install("--replace-node-agent")
+    assert "done: the agent is active" in output
+    assert settings_of(node)["ZONEMTA_URL"] == "http://127.0.0.1:9"
+    node.expect_samples()
 
 
 def test_it_is_not_ours_to_uninstall(node: Box) -> None:
@@ -127,7 +146,7 @@ def test_taken_over_and_away_again(node: Box) -> None:
     node.sh("systemctl stop watch")
     assert settings_of(node) == {
         "DASHBOARD_URL": LOOPBACK, "API_KEY": KEY, "NODE_ID": "mta-07",
-        "NODE_ROLE": "zonemta-outbound", "HEARTBEAT_INTERVAL": "2000",
+        "NODE_ROLE": "zonemta", "HEARTBEAT_INTERVAL": "2000",
         "DASHBOARD_API": "tinomail-monitor",
     }
     assert "done: the agent is active, and the dashboard knows this node" in output
@@ -140,7 +159,7 @@ def test_taken_over_and_away_again(node: Box) -> None:
     assert (node.show("DropInPaths"), node.show("UnitFileState")) == ("", "enabled")
     node.expect_samples()
     rows = "SELECT DISTINCT node_id, role FROM metrics_system"
-    assert node.query(rows) == [["mta-07", "zonemta-outbound"]]
+    assert node.query(rows) == [["mta-07", "zonemta"]]
     [[seen, version]] = node.query("SELECT last_seen, version FROM nodes WHERE node_id = 'mta-07'")
     assert seen and version == agent.VERSION
     # the key is where it was, and with us; nobody else can read it
@@ -192,7 +211,8 @@ def test_a_node_that_went_back_to_the_old_agent(node: Box) -> None:
     ("settings", "code", "says"),
     [
         (env_file(key="wrong"), 1, "FAILED: answered 401"),
-        (env_file(role="mailer"), 78, "NODE_ROLE: must be one of"),
+        (env_file(url="http://127.0.0.1:9"), 1, "FAILED: connection refused"),
+        (env_file(role="x" * 51), 78, "NODE_ROLE: must be auto, or a name of 1 to 50"),
         (env_file(url="ftp://example.com"), 78, "DASHBOARD_URL: must be https://"),
         ("AGENT_NODE_ROLE=auto\n", 78, "API_KEY: is missing"),
     ],
@@ -225,11 +245,16 @@ def test_options_come_before_what_is_taken_over(node: Box) -> None:
     assert (settings["NODE_ROLE"], settings["NODE_ID"]) == ("haraka", "mta-08")
 
 
-def test_a_dashboard_that_is_away_is_a_warning(node: Box) -> None:
-    node.write(f"{OLD}/.env", env_file("http://127.0.0.1:9"), "600")
-    output = node.install(FLAG)
-    assert "WARNING: the dashboard did not take this node just now" in output
-    assert DEST in node.show("ExecStart") and node.is_active()
+def test_a_takeover_succeeds_only_when_the_new_agent_has_delivered(node: Box) -> None:
+    """--check delivers, the service does not: the old agent is put back."""
+    before = state_of(node)
+    node.sh("cp -R /root/bundle /root/broken; sed -i 's/^    def flush(self) -> float:/    step ="
+            " lambda self: math.inf\\n\\n&/' /root/broken/tinomail_agent.py;"
+            " sed -i s/^DELIVERS_WITHIN=.*/DELIVERS_WITHIN=8/ /root/broken/install.sh")
+    code, output = node.try_sh(f"/root/broken/install.sh {FLAG}")
+    assert (code, "did not deliver within 8 s" in output) == (1, True), output
+    assert "the Node.js agent is back and active" in output
+    assert state_of(node) == before
 
 
 def test_a_takeover_that_is_cut_off_is_undone_by_the_next_run(node: Box) -> None:

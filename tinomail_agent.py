@@ -172,6 +172,7 @@ class Agent:
         self._has_sampled = threading.Event()  # or cannot, before the clock is set
         self._is_ready = False
         self._next_ping = 0.0
+        self._status = ""  # as systemd shows it
         self._said_stalled = self._said_large = False
 
     def run(self) -> int:
@@ -283,9 +284,10 @@ class Agent:
                 return
             self._is_ready = True
             self._notifier.send("READY=1")
-        now = time.monotonic()
-        if now < self._next_ping:
+        now, status = time.monotonic(), self._sender.status()
+        if now < self._next_ping and status == self._status:
             return
+        self._status = status
         self._next_ping = now + self._notifier.ping_s
         stalled = self._stalled_thread(now)
         if stalled and not self._said_stalled:
@@ -294,7 +296,7 @@ class Agent:
         if self._check_memory():
             self._notifier.send("WATCHDOG=trigger")
         elif not stalled:
-            self._notifier.send("WATCHDOG=1", f"STATUS={self._sender.status()}")
+            self._notifier.send("WATCHDOG=1", f"STATUS={status}")
 
     def _stalled_thread(self, now: float) -> str:
         """Return the name of a thread that should have made progress long ago, or ""."""
@@ -1929,6 +1931,9 @@ class _BoundedLines:
             raise HeadersTooLong
         return line
 
+    def flush(self) -> None:
+        """Do nothing; http.client of Python 3.11.2 calls it when there was no answer."""
+
     def close(self) -> None:
         self._stream.close()
 
@@ -3545,11 +3550,14 @@ NEWLINE = re.compile(r"\r\n|\n|\r")
 SERVICE_ENV_FILE = "/etc/tinomail-agent/agent.env"  # LoadCredential= of the unit
 
 
-def find_env_file(option: str | None, environ: Mapping[str, str]) -> str:
-    """Return the env file to read ("" if there is none): --env-file, credential, ./, /etc."""
+def find_env_file(option: str | None, environ: Mapping[str, str], installed: bool = False) -> str:
+    """Return the env file to read ("" if there is none): --env-file, credential, ./, /etc.
+
+    The installed command takes none from the current folder: anybody may have put it there.
+    """
     if option is not None:
         return option
-    places = ["./.agent.env", SERVICE_ENV_FILE]
+    places = [SERVICE_ENV_FILE] if installed else ["./.agent.env", SERVICE_ENV_FILE]
     if "CREDENTIALS_DIRECTORY" in environ:  # systemd.exec(5), LoadCredential=
         places.insert(0, os.path.join(environ["CREDENTIALS_DIRECTORY"], "agent.env"))
     return next((place for place in places if os.path.lexists(place)), "")
@@ -3610,14 +3618,15 @@ def read_env_file(path: str) -> tuple[dict[str, str], list[str], list[str]]:
 
 
 def load_config(
-    environ: Mapping[str, str], env_file: str | None = None, *, need_dashboard: bool = True
+    environ: Mapping[str, str], env_file: str | None = None, *,
+    need_dashboard: bool = True, installed: bool = False,
 ) -> Config:
     """Build the Config from the process environment, then the env file, then the defaults.
 
     An empty value counts as not set. Raises SettingsError with every problem at once.
     With need_dashboard=False, DASHBOARD_URL and API_KEY may be missing (then "").
     """
-    path = find_env_file(env_file, environ)
+    path = find_env_file(env_file, environ, installed)
     if not need_dashboard and env_file is None and not os.access(path, os.R_OK):
         path = ""  # the service's, which is root's: a sample can be shown without it
     from_file, problems, warnings = read_env_file(path) if path else ({}, [], [])
@@ -3888,12 +3897,46 @@ def describe_sample(sample: Mapping[str, Any]) -> list[str]:
     return [*lines, f"ports       {', '.join(ports) or 'could not be checked'}"]
 
 
-def main(argv: list[str] | None = None) -> int:
-    code = run(argv)
+SERVICE_UNIT = "tinomail-agent.service"
+NOBODY = 65534  # the user and the group of it, on every distribution with systemd
+
+
+def unit_environ() -> dict[str, str]:
+    """Return the settings in Environment= of the unit and its drop-ins."""
+    import shlex  # only on the command line
+    import subprocess
+
+    command = ["systemctl", "show", "-p", "Environment", "--value", SERVICE_UNIT]
+    try:
+        words = shlex.split(subprocess.run(
+            command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, timeout=10
+        ).stdout.decode("utf-8", "replace"))
+    except (OSError, subprocess.SubprocessError, ValueError):
+        return {}  # no systemd here, no unit
+    pairs = (word.partition("=") for word in words)
+    return {name: value for name, _, value in pairs if name in KNOWN_NAMES}
+
+
+def become_nobody() -> None:
+    """Give up root, so that from here on each file is read as the service reads it."""
+    if os.geteuid() == 0:
+        with contextlib.suppress(OSError):  # a user namespace without such a user
+            os.setgroups([])
+            os.setgid(NOBODY)
+            os.setuid(NOBODY)
+
+
+def main(argv: list[str] | None = None, *, installed: bool = False) -> int:
+    """Run the command line; `installed`: as the command that install.sh puts in place.
+
+    Its --check and --once see what the service sees: the installed settings, the unit's
+    Environment=, and files with the rights of an unprivileged user.
+    """
+    code = run(argv, installed)
     return code if flush_streams() else code or 1
 
 
-def run(argv: list[str] | None) -> int:
+def run(argv: list[str] | None, installed: bool = False) -> int:
     parser = build_parser()
     options = parser.parse_args(argv)
     if options.env_file == "":
@@ -3901,18 +3944,24 @@ def run(argv: list[str] | None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a path may hold any bytes
-    if not (options.once or options.check):  # a signal may come before the agent is up
+    by_hand = options.once or options.check
+    environ = unit_environ() if installed and by_hand else os.environ
+    if not by_hand:  # a signal may come before the agent is up
         signal.signal(signal.SIGUSR1, signal.SIG_IGN)
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             signal.signal(number, lambda *_: sys.exit(0))
     try:
-        config = load_config(os.environ, options.env_file, need_dashboard=not options.once)
+        config = load_config(
+            environ, options.env_file, need_dashboard=not options.once, installed=installed
+        )
     except SettingsError as error:
         set_up_logging("info", "", os.environ)
         for problem in error.problems:
             log.error("%s", problem)
         return EX_CONFIG
     set_up_logging(config.log_level, config.api_key, os.environ)
+    if installed and by_hand:
+        become_nobody()
     try:
         if options.once:
             return run_once(config)

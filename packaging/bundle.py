@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import gzip
+import hashlib
 import io
 import re
 import subprocess
@@ -21,8 +22,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 HERE = ROOT / "packaging"
 FILES = (
-    "LICENSE", "README.md", "agent.env.example", "install.sh", "tinomail-agent.service",
-    "tinomail_agent.py",
+    "LICENSE", "README.md", "agent.env.example", "install.sh", "packaging/write_settings.py",
+    "tinomail-agent.service", "tinomail_agent.py",
 )
 MACHINES = ("x86_64", "aarch64")
 OLDEST_PYTHON = "3.10"
@@ -100,6 +101,12 @@ def pack(content: dict[str, bytes], target: Path) -> None:
             archive.addfile(member, io.BytesIO(content[name]))
 
 
+def write_sum(file: Path) -> None:
+    """Write FILE.sha256 beside it, for `sha256sum -c`."""
+    digest = hashlib.sha256(file.read_bytes()).hexdigest()
+    file.with_name(f"{file.name}.sha256").write_text(f"{digest}  {file.name}\n")
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--into", type=Path, default=ROOT / "dist", help="folder to write to")
@@ -110,6 +117,7 @@ def main() -> int:
     content = {f"{top}/{name}": (ROOT / name).read_bytes() for name in FILES}
     content |= {f"{top}/lib/{name}": data for name, data in dependencies().items()}
     pack(content, into / f"{top}.tar.gz")
+    write_sum(into / f"{top}.tar.gz")
     print(into / f"{top}.tar.gz")
     return 0
 

@@ -24,6 +24,7 @@ unit: $(VENV)/.test
 lint: $(VENV)/.test
 	@$(VENV)/bin/ruff check .
 	@$(VENV)/bin/mypy
+	@$(VENV)/bin/shellcheck install.sh packaging/*.sh tests/*.sh .ci/run
 
 # What the agent costs, against budgets, in ten minutes; QUICK=1: a rough look in two. Best as root.
 bench: $(VENV)/.test

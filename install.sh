@@ -180,16 +180,16 @@ bring_back_node_agent() {
     [ -d "$KEPT.unproven" ] || return 0  # it was not touched
     systemctl -q stop "$UNIT" 2>/dev/null || :
     if ! restore_node_unit; then
-        say "the Node.js agent's unit CANNOT be put back (is the disk full?): it is in $KEPT.unproven;"
+        say "The Node.js agent's unit CANNOT be put back (is the disk full?): it is in $KEPT.unproven;"
         say "make room, then run install.sh again, which puts it back first"
         return 0
     fi
     systemctl daemon-reload || :
     systemctl -q reset-failed "$UNIT" 2>/dev/null || :
     [ $was_enabled = no ] || systemctl -q enable "$UNIT" || :
-    if [ $was_active = no ]; then say "the Node.js agent is back; it was not active before"
-    elif systemctl -q start "$UNIT"; then say "the Node.js agent is back and active"
-    else say "the Node.js agent is back, but does not start: systemctl status $UNIT"
+    if [ $was_active = no ]; then say "The Node.js agent is back; it was not active before"
+    elif systemctl -q start "$UNIT"; then say "The Node.js agent is back and active"
+    else say "The Node.js agent is back, but does not start: systemctl status $UNIT"
     fi
     rm -rf "$KEPT.unproven"  # last: until here, another run would do all this again
 }
@@ -281,10 +281,8 @@ make_venv() {
 
 build_new() {
     rm -rf "$new"
-    if [ "$here" = "$DEST" ]; then  # the installed copy: the same version, other settings
-        cp -a "$DEST" "$new"
-        return
-    fi
+    # the installed copy: the same version, other settings
+    if [ "$here" = "$DEST" ]; then cp -a "$DEST" "$new"; return; fi
     mkdir "$new"
     cp "$here"/{tinomail_agent.py,"$UNIT",install.sh,README.md,LICENSE,agent.env.example} \
         "$here/packaging/write_settings.py" "$new/"
@@ -338,6 +336,7 @@ check_new() {
     code=0
     check=$(with_agent -c 'import sys, tinomail_agent
 sys.exit(tinomail_agent.main(installed=True))' --check --env-file "$file" 2>&1) || code=$?
+    rm -f "$file"
     check=${check//"$file"/"$ENV_FILE"} check=${check//"$CA_FILE.new"/"$CA_FILE"}
     problem=${check##*$'\n'}
     problem=${problem#dashboard: FAILED: }
@@ -404,9 +403,9 @@ start() { timeout "$ACTIVE_WITHIN" systemctl restart "$UNIT" 2>/dev/null 9>&-; }
 prove() {
     local pid took=0 from=$SECONDS
     pid=$(show MainPID)
-    until [ $took -ge "$watch_s" ] && { [ "$code" != 0 ] || [[ $(show StatusText) =~ ^ok:\ [1-9] ]]; }; do
+    until [ $took -ge "${watch_s:-0}" ] && { [ "$code" != 0 ] || [[ $(show StatusText) =~ ^ok:\ [1-9] ]]; }; do
         [ "$(show ActiveState) $(show MainPID)" = "active $pid" ] || failed "ended soon after its start"
-        [ $took -lt $DELIVERS_WITHIN ] || failed "does not deliver ($(show StatusText))"
+        [ $took -lt $DELIVERS_WITHIN ] || failed "does not deliver" "$(show StatusText)"
         sleep 0.3
         took=$((SECONDS - from))
     done
@@ -454,16 +453,17 @@ finish() {
 last_lines() { journalctl --sync; journalctl -q --no-pager -o cat -n "$1" -u "$UNIT" | sed 's/^/  /'; }
 
 failed() {
-    local words
+    local words=${2:-}
     { say "the last lines of its log:"; last_lines 12; } >&2
-    words=$(journalctl -q --no-pager -o cat -p err -n 1 "_SYSTEMD_INVOCATION_ID=$(show InvocationID)")
+    [ -n "$words" ] || words=$(journalctl -q --no-pager -o cat -p err -n 1 \
+        "_SYSTEMD_INVOCATION_ID=$(show InvocationID)")
     die "the agent $1: ${words:-$(show SubState), result $(show Result), exit status $(show ExecMainStatus)}"
 }
 
 # ---------------------------------------------------------------- the two jobs
 
 do_install() {
-    local watch_s=0 version before check code problem
+    local watch_s='' version before check code problem
     check_node_agent
     check_foreign
     check_room
@@ -485,7 +485,7 @@ do_install() {
         version+=", nothing to change"
     else
         judge
-        say "starting $version, and watching it (for $watch_s s at least)"
+        say "starting $version${watch_s:+, and watching it for $watch_s s}"
         put_in_place
         start || failed "did not become active"
         prove
@@ -503,10 +503,10 @@ report() {
     say
     say_node_agent
     case $code in
-        0)  say "done: $version: the agent is active, and the dashboard takes this node's samples" ;;
-        75) say "WARNING: $version: the agent is active, but cannot reach the dashboard now: $problem." \
+        0)  say "done: the agent is active ($version), and the dashboard takes this node's samples" ;;
+        75) say "WARNING: the agent is active ($version), but cannot reach the dashboard now: $problem." \
                 "Samples wait; look again with: sudo tinomail-agent --check" ;;
-        *)  die "$version: the agent is active, but $problem. Samples wait: correct the settings with
+        *)  die "the agent is active ($version), but $problem. Samples wait: correct the settings with
                 $DEST/install.sh (--key-file, --ca-file, --set; see --help)" ;;
     esac
 }

@@ -7,7 +7,7 @@ PY := $(VENV)/bin/python
 VERSION = $(shell sed -n 's/^VERSION = "\(.*\)"/\1/p' tinomail_agent.py)
 BUNDLE = dist/tinomail-agent-$(VERSION).tar.gz
 
-.PHONY: run test unit lint bench dist deploy status clean
+.PHONY: run test unit lint bench dist pins deploy status clean
 
 # The stand-in dashboard and the agent, side by side on this machine; Ctrl-C ends both.
 # API=tinomail-monitor: both speak the other dialect. PORT=9000: not 8080.
@@ -38,6 +38,11 @@ $(BUNDLE): tinomail_agent.py tinomail-agent.service install.sh agent.env.example
     $(wildcard packaging/*) | $(VENV)/bin/python
 	@echo "building $@"
 	@$(PY) packaging/bundle.py
+
+# The newest versions of the bundle's libraries into packaging/requirements*.txt
+pins: $(VENV)/bin/python
+	@$(PY) packaging/bundle.py --renew-pins
+	@git --no-pager diff --stat packaging
 
 # make deploy HOSTS="mta-01 mta-02" [KEY_FILE=key] [CA_FILE=ca.pem] [INSTALL_ARGS="--url URL"]
 # HOSTS may name a file with a line for each node: host NAME=VALUE ...

@@ -18,6 +18,7 @@ test: lint unit
 
 # First what compares this machine's numbers, with nothing beside it; then what mostly waits.
 unit: $(VENV)/.test
+	@$(PY) tests/prospects.py
 	@$(PY) -m pytest -m "not service and not long"
 	@$(PY) -m pytest -m "service or long" -n 3 --dist loadfile
 

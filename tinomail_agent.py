@@ -31,7 +31,10 @@ This file, from the top:
     processes                   the table of processes, their memory and CPU
     services                    which mail service a process belongs to
     sockets                     TCP counts and port checks
+<<<<<<< HEAD
     what runs here              the services at home on this node, its role and ports
+=======
+>>>>>>> issue15
     ZoneMTA's own figures       its queue, from its HTTP API
     settings                    the table of settings, the env file
     logging                     lines for a terminal or the journal
@@ -178,6 +181,7 @@ class Agent:
         self._has_sampled = threading.Event()  # or cannot, before the clock is set
         self._is_ready = False
         self._next_ping = 0.0
+        self._status = ""  # as systemd shows it
         self._said_stalled = self._said_large = False
 
     def run(self) -> int:
@@ -278,9 +282,10 @@ class Agent:
                 return
             self._is_ready = True
             self._notifier.send("READY=1")
-        now = time.monotonic()
-        if now < self._next_ping:
+        now, status = time.monotonic(), self._sender.status()
+        if now < self._next_ping and status == self._status:
             return
+        self._status = status
         self._next_ping = now + self._notifier.ping_s
         stalled = self._stalled_thread(now)
         if stalled and not self._said_stalled:
@@ -289,7 +294,7 @@ class Agent:
         if self._check_memory():
             self._notifier.send("WATCHDOG=trigger")
         elif not stalled:
-            self._notifier.send("WATCHDOG=1", f"STATUS={self._sender.status()}")
+            self._notifier.send("WATCHDOG=1", f"STATUS={status}")
 
     def _stalled_thread(self, now: float) -> str:
         """Return the name of a thread that should have made progress long ago, or ""."""
@@ -367,12 +372,24 @@ class Collector:
         self._clock = clock
         self._now = now
         self._agent_figures = agent_figures
+<<<<<<< HEAD
         self._residents = residents or Residents(clock=clock)
         self._problems = Problems()
         self._unread: set[str] = set()  # the metrics that are missing in this sample,
         self._was_unread: set[str] = set()  # and in the one before
         self._zonemta = ZoneMta(config.zonemta_url) if config.zonemta_url != "off" else None
         self._runs_zonemta = False
+=======
+        watched = {comm: service for service, comm in config.watch_processes}
+        self._processes = ProcessTable(
+            proc, clock, cgroup_root=f"{sys_root}/fs/cgroup", watched=watched
+        )
+        self._said: set[str] = set()
+        self._crashes = Problems()
+        self._zonemta = ZoneMta(config.zonemta_url) if config.zonemta_url != "off" else None
+        self._found: tuple[str, ...] = ()  # services, at the last reading
+        self.role = role if config.node_role == "auto" else config.node_role
+>>>>>>> issue15
         self.collect_errors = 0
         self._processes = ProcessTable(
             proc, clock, self._missing, Worker(HANG_LIMIT_S, self._problems),
@@ -421,6 +438,7 @@ class Collector:
         for name, reader in self.readers.items():
             system.update(self._try(name, reader))
         body: dict[str, Any] = {"timestamp": iso_utc(taken), "system": system}
+<<<<<<< HEAD
         for name, reader in (
             ("processes", self._read_processes), ("services", self._check_ports),
             ("zonemta", self._read_zonemta),
@@ -428,6 +446,18 @@ class Collector:
             if found := self._try(name, reader):
                 body[name] = found
         role = body["role"] = self.role
+=======
+        processes = self._try("processes", self._read_processes)
+        if processes:
+            body["processes"] = processes
+        services = self._try("services", self._read_services)
+        if services:
+            body["services"] = services
+        zonemta = self._try("ZoneMTA's figures (ZONEMTA_URL)", self._read_zonemta)
+        if zonemta:
+            body["zonemta"] = zonemta
+        body["role"] = self.role
+>>>>>>> issue15
         own_memory = self._try("rss_bytes", lambda: {"rss_bytes": own_rss_bytes()})
         self._welcome_read()
         body["agent"] = {
@@ -473,6 +503,7 @@ class Collector:
 
     def _read_processes(self) -> dict[str, Any]:
         processes = self._processes.read()
+<<<<<<< HEAD
         self._residents.update({s: p["status"] == "running" for s, p in processes.items()})
         self._runs_zonemta = processes.get("zonemta", {}).get("status") == "running"
         return processes
@@ -491,6 +522,34 @@ class Collector:
         figures = self._zonemta.read(self._runs_zonemta)
         self.collect_errors += figures is None  # it hangs, which is logged by then
         return figures or {}
+=======
+        self._found = services_of({"processes": processes})
+        if self._config.node_role == "auto":
+            self.role = find_role(processes, self.role)
+        return processes
+
+    def _read_services(self) -> dict[str, Any]:
+        ports = self._config.check_ports or ports_of(self.role, self._found)
+        check = {"connect": check_by_connect, "listen": check_by_listener}[self._config.check_mode]
+        found = check(self._config.check_host, ports)
+        return {f"port_{port}": is_open for port, is_open in found.items()}
+
+
+    def _read_zonemta(self) -> dict[str, Any]:
+        if self._zonemta is None:
+            return {}
+        figures = self._zonemta.read("zonemta" in self._found)
+        self.collect_errors += figures is None  # it hangs, which is logged by then
+        return figures or {}
+
+
+def find_role(processes: Mapping[str, Mapping[str, Any]], current: str) -> str:
+    """Return the role that the running services give; it only ever moves up the list."""
+    for service, role in ROLE_ORDER:
+        if processes.get(service, {}).get("status") == "running":
+            return min(role, current, key=ROLE_RANK.index)
+    return current
+>>>>>>> issue15
 
 
 # --- the buffer --------------------------------------------------------------------------
@@ -945,8 +1004,12 @@ class Sender:
             self._node_id = self._dialect.confirmed_id(answer.body) or self._own_id
             self._registered = request
             self._problems.end("registration")
+<<<<<<< HEAD
             shown = printable(self._node_id, self._config.api_key)
             log.info("registered as %s (role %s, address %s)", shown, sample.role, ip)
+=======
+            self._report_registration(sample.role, ip)
+>>>>>>> issue15
         elif self._node_id is not None:  # samples go on under the id that was confirmed before
             self._register_after = max(self._quiet_until, self._clock())
             self._quiet_until = quiet_until
@@ -1062,6 +1125,16 @@ class Sender:
         )
         self._down_since = None
 
+<<<<<<< HEAD
+=======
+    def _report_registration(self, role: str, ip: str) -> None:
+        shown = printable(self._node_id or "", self._config.api_key)
+        told = f"registered as {shown} (role {role}, address {ip})"
+        if told != self._registration_told:
+            self._registration_told = told
+            log.info("%s", told)
+
+>>>>>>> issue15
     def _report_dropped(self) -> None:
         """Log what the full ring drops while the dashboard answers, but too slowly."""
         counters = self._buffer.counters()
@@ -1894,6 +1967,7 @@ class _Adapter(requests.adapters.HTTPAdapter):
 http.client._MAXLINE = 8 * 1024  # type: ignore[attr-defined]
 
 
+<<<<<<< HEAD
 class _Response(http.client.HTTPResponse):
     def _read_next_chunk_size(self) -> int:
         """Refuse a negative size: http.client would read all that comes, without limit."""
@@ -1901,6 +1975,31 @@ class _Response(http.client.HTTPResponse):
         if size < 0:
             raise http.client.HTTPException
         return size
+=======
+class _BoundedLines:
+    """The lines of an answer's head, until they are too many."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+        self._left = ANSWER_LIMIT_BYTES
+
+    def readline(self, limit: int = -1) -> bytes:
+        line: bytes = self._stream.readline(min(limit, self._left))
+        self._left -= len(line)
+        if self._left <= 0:
+            raise HeadersTooLong
+        return line
+
+    def flush(self) -> None:
+        """Do nothing; http.client of Python 3.11.2 calls it when there was no answer."""
+
+    def close(self) -> None:
+        self._stream.close()
+
+
+class HeadersTooLong(Exception):
+    """The headers of an answer went over ANSWER_LIMIT_BYTES."""
+>>>>>>> issue15
 
 
 def _read_answer(raw: Any) -> Answer:
@@ -2030,7 +2129,11 @@ def explain(causes: list[BaseException]) -> str:
 def is_lasting(causes: list[BaseException]) -> bool:
     """Tell whether waiting does not mend it: a certificate, TLS, a name that does not exist."""
     passing = (*CLOSED, TimeoutError, http.client.IncompleteRead)
+<<<<<<< HEAD
     lasting = (TrustError, WrongName, ssl.SSLError, http.client.HTTPException)
+=======
+    lasting = (TrustError, WrongName, ssl.SSLError, HeadersTooLong, http.client.HTTPException)
+>>>>>>> issue15
     for cause in causes:
         if isinstance(cause, socket.gaierror):
             return cause.errno != socket.EAI_AGAIN
@@ -2948,7 +3051,48 @@ def memory_cgroup(cgroup: str, root: str) -> tuple[str, tuple[bytes, bytes]]:
 # --- services ----------------------------------------------------------------------------
 
 SERVICES = ("zonemta", "wildduck", "haraka", "rspamd", "redis", "mongodb")
+<<<<<<< HEAD
 NODE_SERVICES = ("zonemta", "wildduck", "haraka")  # their processes share Node's program
+=======
+
+# `auto` takes the first of these services that runs: (service, role).
+ROLE_ORDER = (
+    ("wildduck", "wildduck"),
+    ("zonemta", "zonemta-outbound"),
+    ("haraka", "haraka"),
+    ("rspamd", "rspamd"),
+    ("mongodb", "mongodb"),
+    ("redis", "redis"),
+)
+ROLE_RANK = [role for _, role in ROLE_ORDER] + ["unknown"]
+
+# The ports that matter on a node, by its role; CHECK_PORTS overrides.
+MAIL_PORTS = (25, 587, 993, 995, 12080, 11334)
+ROLE_PORTS = {
+    "wildduck": MAIL_PORTS,
+    "zonemta-outbound": (587, 12080),
+    "zonemta-local": (587, 12080),
+    "haraka": (25,),
+    "rspamd": (11334,),
+    "redis": (6379,),
+    "mongodb": (27017,),
+    "unknown": MAIL_PORTS,
+}
+SERVICE_PORTS = {
+    "zonemta": (587, 12080), "haraka": (25,), "rspamd": (11334,), "redis": (6379,),
+    "mongodb": (27017,), "wildduck": (993, 995),
+}
+
+
+def ports_of(role: str, services: Iterable[str]) -> tuple[int, ...]:
+    """Return the ports to check: of a role, else of the service whose name it begins with,
+    else of the services on the node."""
+    if role in ROLE_PORTS:
+        return ROLE_PORTS[role]
+    named = [name for name in SERVICE_PORTS if role.lower().startswith(name)]
+    ports = [port for name in named or services for port in SERVICE_PORTS.get(name, ())]
+    return tuple(dict.fromkeys(ports)) or MAIL_PORTS
+>>>>>>> issue15
 
 # Native servers keep the name of their program: comm -> service.
 SERVICE_COMMS = {
@@ -3536,6 +3680,68 @@ class ZoneMta:
             return figures
 
 
+# --- ZoneMTA's own figures ---------------------------------------------------------------
+
+# A figure of ours -> the metric of ZoneMTA's and the label to sum up, over all zones. What a
+# sender gives up for good is "rejected"; "bounced" is what went back to the author of a mail.
+ZONEMTA_FIGURES = {
+    "queued": ("queue_size", "queued"),
+    "deferred": ("queue_size", "deferred"),
+    "delivered_total": ("delivery_status", "delivered"),
+    "bounced_total": ("bounce_generation", ""),
+    "rejected_total": ("delivery_status", "rejected"),
+    "connections": ("connection_pool_size", ""),
+}
+ZONEMTA_METRIC = re.compile(r"^zonemta_(\w+)(\{.*\})? (\d{1,15})$", re.MULTILINE)
+ZONEMTA_LABEL = re.compile(r'[{,](?:status|type)="(\w*)"')
+
+
+def parse_zonemta(text: str) -> dict[str, int]:
+    """Return ZoneMTA's figures from its answer to GET /metrics (Prometheus' text format)."""
+    sums: dict[tuple[str, str], int] = {}
+    for metric, labels, value in ZONEMTA_METRIC.findall(text):
+        source = metric, "".join(ZONEMTA_LABEL.findall(labels))
+        sums[source] = sums.get(source, 0) + int(value)
+    return {
+        name: sums.get(source, 0) for name, source in ZONEMTA_FIGURES.items()
+        # a counter that is declared, but has no value yet, begins at 0
+        if source in sums or f"# TYPE zonemta_{source[0]} counter\n" in text
+    }
+
+
+class ZoneMta:
+    """Asks ZoneMTA's HTTP API over one kept connection."""
+
+    def __init__(self, url: str) -> None:
+        self._path = f"{urlsplit(url).path}/metrics"
+        self._connection = http.client.HTTPConnection(urlsplit(url).netloc, timeout=DAEMON_LIMIT_S)
+        self._worker = Worker(DAEMON_LIMIT_S, Problems())
+
+    def read(self, is_running: bool) -> dict[str, int] | None:
+        """Return its figures, None while it hangs; raise one of READ_ERRORS without an answer."""
+        results = self._worker.run({"ZoneMTA's API": self._ask} if is_running else {})
+        result = results.get("ZoneMTA's API", None if is_running else {})
+        if isinstance(result, Exception):
+            raise result
+        return result
+
+    def _ask(self) -> dict[str, int]:
+        with contextlib.suppress(ConnectionError):  # it closes an idle connection after 5 s
+            return self._get()
+        return self._get()
+
+    def _get(self) -> dict[str, int]:
+        with contextlib.ExitStack() as on_failure:
+            on_failure.callback(self._connection.close)
+            self._connection.request("GET", self._path)
+            answer = self._connection.getresponse()
+            figures = parse_zonemta(answer.read(ZONEMTA_ANSWER_BYTES).decode("utf-8", "replace"))
+            if answer.status != 200 or answer.read(1) or answer.length or not figures:
+                raise ValueError(f"it answered {answer.status} without ZoneMTA's figures")
+            on_failure.pop_all()
+            return figures
+
+
 # --- settings ----------------------------------------------------------------------------
 
 
@@ -3782,11 +3988,14 @@ NEWLINE = re.compile(r"\r\n|\n|\r")
 SERVICE_ENV_FILE = "/etc/tinomail-agent/agent.env"  # LoadCredential= of the unit
 
 
-def find_env_file(option: str | None, environ: Mapping[str, str]) -> str:
-    """Return the env file to read ("" if there is none): --env-file, credential, ./, /etc."""
+def find_env_file(option: str | None, environ: Mapping[str, str], installed: bool = False) -> str:
+    """Return the env file to read ("" if there is none): --env-file, credential, ./, /etc.
+
+    The installed command takes none from the current folder: anybody may have put it there.
+    """
     if option is not None:
         return option
-    places = ["./.agent.env", SERVICE_ENV_FILE]
+    places = [SERVICE_ENV_FILE] if installed else ["./.agent.env", SERVICE_ENV_FILE]
     if "CREDENTIALS_DIRECTORY" in environ:  # systemd.exec(5), LoadCredential=
         places.insert(0, os.path.join(environ["CREDENTIALS_DIRECTORY"], "agent.env"))
     return next((place for place in places if os.path.lexists(place)), "")
@@ -3847,14 +4056,15 @@ def read_env_file(path: str) -> tuple[dict[str, str], list[str], list[str]]:
 
 
 def load_config(
-    environ: Mapping[str, str], env_file: str | None = None, *, need_dashboard: bool = True
+    environ: Mapping[str, str], env_file: str | None = None, *,
+    need_dashboard: bool = True, installed: bool = False,
 ) -> Config:
     """Build the Config from the process environment, then the env file, then the defaults.
 
     An empty value counts as not set. Raises SettingsError with every problem at once.
     With need_dashboard=False, DASHBOARD_URL and API_KEY may be missing (then "").
     """
-    path = find_env_file(env_file, environ)
+    path = find_env_file(env_file, environ, installed)
     if not need_dashboard and env_file is None and not os.access(path, os.R_OK):
         path = ""  # the service's, which is root's: a sample can be shown without it
     from_file, problems, warnings = read_env_file(path) if path else ({}, [], [])
@@ -4126,12 +4336,46 @@ def describe_sample(sample: Mapping[str, Any]) -> list[str]:
     return [*lines, f"ports       {', '.join(ports) or 'could not be checked'}"]
 
 
-def main(argv: list[str] | None = None) -> int:
-    code = run(argv)
+SERVICE_UNIT = "tinomail-agent.service"
+NOBODY = 65534  # the user and the group of it, on every distribution with systemd
+
+
+def unit_environ() -> dict[str, str]:
+    """Return the settings in Environment= of the unit and its drop-ins."""
+    import shlex  # only on the command line
+    import subprocess
+
+    command = ["systemctl", "show", "-p", "Environment", "--value", SERVICE_UNIT]
+    try:
+        words = shlex.split(subprocess.run(
+            command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, timeout=10
+        ).stdout.decode("utf-8", "replace"))
+    except (OSError, subprocess.SubprocessError, ValueError):
+        return {}  # no systemd here, no unit
+    pairs = (word.partition("=") for word in words)
+    return {name: value for name, _, value in pairs if name in KNOWN_NAMES}
+
+
+def become_nobody() -> None:
+    """Give up root, so that from here on each file is read as the service reads it."""
+    if os.geteuid() == 0:
+        with contextlib.suppress(OSError):  # a user namespace without such a user
+            os.setgroups([])
+            os.setgid(NOBODY)
+            os.setuid(NOBODY)
+
+
+def main(argv: list[str] | None = None, *, installed: bool = False) -> int:
+    """Run the command line; `installed`: as the command that install.sh puts in place.
+
+    Its --check and --once see what the service sees: the installed settings, the unit's
+    Environment=, and files with the rights of an unprivileged user.
+    """
+    code = run(argv, installed)
     return code if flush_streams() else code or 1
 
 
-def run(argv: list[str] | None) -> int:
+def run(argv: list[str] | None, installed: bool = False) -> int:
     parser = build_parser()
     options = parser.parse_args(argv)
     if options.env_file == "":
@@ -4139,18 +4383,24 @@ def run(argv: list[str] | None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a path may hold any bytes
-    if not (options.once or options.check):  # a signal may come before the agent is up
+    by_hand = options.once or options.check
+    environ = unit_environ() if installed and by_hand else os.environ
+    if not by_hand:  # a signal may come before the agent is up
         signal.signal(signal.SIGUSR1, signal.SIG_IGN)
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             signal.signal(number, lambda *_: sys.exit(0))
     try:
-        config = load_config(os.environ, options.env_file, need_dashboard=not options.once)
+        config = load_config(
+            environ, options.env_file, need_dashboard=not options.once, installed=installed
+        )
     except SettingsError as error:
         set_up_logging("info", "", os.environ)
         for problem in error.problems:
             log.error("%s", problem)
         return EX_CONFIG
     set_up_logging(config.log_level, config.api_key, os.environ)
+    if installed and by_hand:
+        become_nobody()
     try:
         if options.once:
             return run_once(config)

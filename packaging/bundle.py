@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import gzip
+import hashlib
 import io
 import re
 import subprocess
@@ -21,21 +22,32 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 HERE = ROOT / "packaging"
 FILES = (
-    "LICENSE", "README.md", "agent.env.example", "install.sh", "tinomail-agent.service",
-    "tinomail_agent.py",
+    "LICENSE", "README.md", "agent.env.example", "install.sh", "packaging/write_settings.py",
+    "tinomail-agent.service", "tinomail_agent.py",
 )
 MACHINES = ("x86_64", "aarch64")
-OLDEST_PYTHON = "3.10"
+WHEELS = ("--only-binary", ":all:", "--python-version", "3.10")  # the oldest Python
+PURE = (*WHEELS, "--platform", "any", "--implementation", "py", "--abi", "none")
+SOURCE = ("--no-deps", "--no-binary", ":all:")
+# Which file pins what; where pip finds it, below lib/; the packages that ask for the others.
+PINS: tuple[tuple[str, str, tuple[str, ...], tuple[str, ...]], ...] = (
+    ("requirements.txt", "any", PURE, ("requests", "python-dotenv")),
+    ("requirements-sdnotify.txt", "any", SOURCE, ("sdnotify",)),
+    *(
+        ("requirements-psutil.txt", machine, (*WHEELS, "--platform", f"manylinux2014_{machine}"),
+         ("psutil",))
+        for machine in MACHINES
+    ),
+)
 MTIME = 1_577_836_800  # 2020-01-01: any fixed time will do
 # Not needed at run time. The licences stay.
 LEFT_OUT = re.compile(r"\.(pyi|exe)$|/py\.typed$|/tests?/|\.dist-info/(?!.*(LICEN|NOTICE|COPYING))")
 
 
-def download(requirements: str, folder: Path, *options: str) -> list[Path]:
-    """Fetch what a requirements file pins into a folder, by pip; return the files."""
+def download(folder: Path, *words: str) -> list[Path]:
+    """Fetch packages into a folder, by pip; return the files."""
     command = [sys.executable, "-m", "pip", "download", "-q", "--disable-pip-version-check"]
-    command += ["--no-deps", "--require-hashes", "-r", str(HERE / requirements), "-d", str(folder)]
-    subprocess.run(command + list(options), check=True)
+    subprocess.run([*command, "-d", str(folder), *words], check=True)
     return sorted(folder.iterdir())
 
 
@@ -65,23 +77,33 @@ def unpack_sdnotify(file: Path) -> dict[str, bytes]:
 
 def dependencies() -> dict[str, bytes]:
     """Return path below lib/ -> content."""
-    wheels = ("--only-binary", ":all:", "--python-version", OLDEST_PYTHON)
     content = {}
-    with tempfile.TemporaryDirectory() as folder:
-        pure = ("--platform", "any", "--implementation", "py", "--abi", "none")
-        place = Path(folder, "any")
-        found = unpack_wheels(download("requirements.txt", place, *wheels, *pure))
-        found |= unpack_sdnotify(
-            download("requirements-sdnotify.txt", Path(folder, "source"), "--no-binary", ":all:")[0]
-        )
-        content.update({f"any/{name}": data for name, data in found.items()})
-        for machine in MACHINES:
-            platform = ("--platform", f"manylinux2014_{machine}")
-            files = download(
-                "requirements-psutil.txt", Path(folder, machine), *wheels, *platform
-            )
-            content.update({f"{machine}/{k}": v for k, v in unpack_wheels(files).items()})
+    for pins, place, options, _ in PINS:
+        with tempfile.TemporaryDirectory() as folder:
+            pinned = ("--no-deps", "--require-hashes", "-r", str(HERE / pins))
+            files = download(Path(folder), *pinned, *options)
+            found = unpack_sdnotify(files[0]) if options is SOURCE else unpack_wheels(files)
+        content.update({f"{place}/{name}": data for name, data in found.items()})
     return content
+
+
+def renew_pins() -> None:
+    """Pin the newest versions that go together, with the sums of their files."""
+    lines: dict[str, dict[str, set[str]]] = {}
+    for pins, _, options, packages in PINS:
+        with tempfile.TemporaryDirectory() as folder:
+            for file in download(Path(folder), *packages, *options):
+                name, version = file.name.removesuffix(".tar.gz").split("-")[:2]
+                sums = lines.setdefault(pins, {}).setdefault(
+                    f"{name.replace('_', '-')}=={version}", set()
+                )
+                sums.add(f"--hash=sha256:{hashlib.sha256(file.read_bytes()).hexdigest()}")
+    for pins, packages_found in lines.items():
+        old = (HERE / pins).read_text().splitlines()
+        head = [line for line in old if line.startswith("#")]
+        new = [" \\\n    ".join([package, *sorted(sums)]) if len(sums) > 1
+               else " ".join([package, *sums]) for package, sums in sorted(packages_found.items())]
+        (HERE / pins).write_text("\n".join([*head, *new]) + "\n")
 
 
 def pack(content: dict[str, bytes], target: Path) -> None:
@@ -100,16 +122,28 @@ def pack(content: dict[str, bytes], target: Path) -> None:
             archive.addfile(member, io.BytesIO(content[name]))
 
 
+def write_sum(file: Path) -> None:
+    """Write FILE.sha256 beside it, for `sha256sum -c`."""
+    digest = hashlib.sha256(file.read_bytes()).hexdigest()
+    file.with_name(f"{file.name}.sha256").write_text(f"{digest}  {file.name}\n")
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--into", type=Path, default=ROOT / "dist", help="folder to write to")
-    into = parser.parse_args().into
+    parser.add_argument("--renew-pins", action="store_true", help="renew requirements*.txt alone")
+    options = parser.parse_args()
+    into = options.into
+    if options.renew_pins:
+        renew_pins()
+        return 0
     version = re.search(r'^VERSION = "(.+)"', (ROOT / "tinomail_agent.py").read_text(), re.M)
     assert version, "no VERSION in tinomail_agent.py"
     top = f"tinomail-agent-{version[1]}"
     content = {f"{top}/{name}": (ROOT / name).read_bytes() for name in FILES}
     content |= {f"{top}/lib/{name}": data for name, data in dependencies().items()}
     pack(content, into / f"{top}.tar.gz")
+    write_sum(into / f"{top}.tar.gz")
     print(into / f"{top}.tar.gz")
     return 0
 

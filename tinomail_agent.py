@@ -31,10 +31,7 @@ This file, from the top:
     processes                   the table of processes, their memory and CPU
     services                    which mail service a process belongs to
     sockets                     TCP counts and port checks
-<<<<<<< HEAD
     what runs here              the services at home on this node, its role and ports
-=======
->>>>>>> issue15
     ZoneMTA's own figures       its queue, from its HTTP API
     settings                    the table of settings, the env file
     logging                     lines for a terminal or the journal
@@ -372,24 +369,12 @@ class Collector:
         self._clock = clock
         self._now = now
         self._agent_figures = agent_figures
-<<<<<<< HEAD
         self._residents = residents or Residents(clock=clock)
         self._problems = Problems()
         self._unread: set[str] = set()  # the metrics that are missing in this sample,
         self._was_unread: set[str] = set()  # and in the one before
         self._zonemta = ZoneMta(config.zonemta_url) if config.zonemta_url != "off" else None
         self._runs_zonemta = False
-=======
-        watched = {comm: service for service, comm in config.watch_processes}
-        self._processes = ProcessTable(
-            proc, clock, cgroup_root=f"{sys_root}/fs/cgroup", watched=watched
-        )
-        self._said: set[str] = set()
-        self._crashes = Problems()
-        self._zonemta = ZoneMta(config.zonemta_url) if config.zonemta_url != "off" else None
-        self._found: tuple[str, ...] = ()  # services, at the last reading
-        self.role = role if config.node_role == "auto" else config.node_role
->>>>>>> issue15
         self.collect_errors = 0
         self._processes = ProcessTable(
             proc, clock, self._missing, Worker(HANG_LIMIT_S, self._problems),
@@ -438,7 +423,6 @@ class Collector:
         for name, reader in self.readers.items():
             system.update(self._try(name, reader))
         body: dict[str, Any] = {"timestamp": iso_utc(taken), "system": system}
-<<<<<<< HEAD
         for name, reader in (
             ("processes", self._read_processes), ("services", self._check_ports),
             ("zonemta", self._read_zonemta),
@@ -446,18 +430,6 @@ class Collector:
             if found := self._try(name, reader):
                 body[name] = found
         role = body["role"] = self.role
-=======
-        processes = self._try("processes", self._read_processes)
-        if processes:
-            body["processes"] = processes
-        services = self._try("services", self._read_services)
-        if services:
-            body["services"] = services
-        zonemta = self._try("ZoneMTA's figures (ZONEMTA_URL)", self._read_zonemta)
-        if zonemta:
-            body["zonemta"] = zonemta
-        body["role"] = self.role
->>>>>>> issue15
         own_memory = self._try("rss_bytes", lambda: {"rss_bytes": own_rss_bytes()})
         self._welcome_read()
         body["agent"] = {
@@ -503,7 +475,6 @@ class Collector:
 
     def _read_processes(self) -> dict[str, Any]:
         processes = self._processes.read()
-<<<<<<< HEAD
         self._residents.update({s: p["status"] == "running" for s, p in processes.items()})
         self._runs_zonemta = processes.get("zonemta", {}).get("status") == "running"
         return processes
@@ -522,34 +493,6 @@ class Collector:
         figures = self._zonemta.read(self._runs_zonemta)
         self.collect_errors += figures is None  # it hangs, which is logged by then
         return figures or {}
-=======
-        self._found = services_of({"processes": processes})
-        if self._config.node_role == "auto":
-            self.role = find_role(processes, self.role)
-        return processes
-
-    def _read_services(self) -> dict[str, Any]:
-        ports = self._config.check_ports or ports_of(self.role, self._found)
-        check = {"connect": check_by_connect, "listen": check_by_listener}[self._config.check_mode]
-        found = check(self._config.check_host, ports)
-        return {f"port_{port}": is_open for port, is_open in found.items()}
-
-
-    def _read_zonemta(self) -> dict[str, Any]:
-        if self._zonemta is None:
-            return {}
-        figures = self._zonemta.read("zonemta" in self._found)
-        self.collect_errors += figures is None  # it hangs, which is logged by then
-        return figures or {}
-
-
-def find_role(processes: Mapping[str, Mapping[str, Any]], current: str) -> str:
-    """Return the role that the running services give; it only ever moves up the list."""
-    for service, role in ROLE_ORDER:
-        if processes.get(service, {}).get("status") == "running":
-            return min(role, current, key=ROLE_RANK.index)
-    return current
->>>>>>> issue15
 
 
 # --- the buffer --------------------------------------------------------------------------
@@ -1004,12 +947,8 @@ class Sender:
             self._node_id = self._dialect.confirmed_id(answer.body) or self._own_id
             self._registered = request
             self._problems.end("registration")
-<<<<<<< HEAD
             shown = printable(self._node_id, self._config.api_key)
             log.info("registered as %s (role %s, address %s)", shown, sample.role, ip)
-=======
-            self._report_registration(sample.role, ip)
->>>>>>> issue15
         elif self._node_id is not None:  # samples go on under the id that was confirmed before
             self._register_after = max(self._quiet_until, self._clock())
             self._quiet_until = quiet_until
@@ -1125,16 +1064,6 @@ class Sender:
         )
         self._down_since = None
 
-<<<<<<< HEAD
-=======
-    def _report_registration(self, role: str, ip: str) -> None:
-        shown = printable(self._node_id or "", self._config.api_key)
-        told = f"registered as {shown} (role {role}, address {ip})"
-        if told != self._registration_told:
-            self._registration_told = told
-            log.info("%s", told)
-
->>>>>>> issue15
     def _report_dropped(self) -> None:
         """Log what the full ring drops while the dashboard answers, but too slowly."""
         counters = self._buffer.counters()
@@ -1967,7 +1896,6 @@ class _Adapter(requests.adapters.HTTPAdapter):
 http.client._MAXLINE = 8 * 1024  # type: ignore[attr-defined]
 
 
-<<<<<<< HEAD
 class _Response(http.client.HTTPResponse):
     def _read_next_chunk_size(self) -> int:
         """Refuse a negative size: http.client would read all that comes, without limit."""
@@ -1975,31 +1903,6 @@ class _Response(http.client.HTTPResponse):
         if size < 0:
             raise http.client.HTTPException
         return size
-=======
-class _BoundedLines:
-    """The lines of an answer's head, until they are too many."""
-
-    def __init__(self, stream: Any) -> None:
-        self._stream = stream
-        self._left = ANSWER_LIMIT_BYTES
-
-    def readline(self, limit: int = -1) -> bytes:
-        line: bytes = self._stream.readline(min(limit, self._left))
-        self._left -= len(line)
-        if self._left <= 0:
-            raise HeadersTooLong
-        return line
-
-    def flush(self) -> None:
-        """Do nothing; http.client of Python 3.11.2 calls it when there was no answer."""
-
-    def close(self) -> None:
-        self._stream.close()
-
-
-class HeadersTooLong(Exception):
-    """The headers of an answer went over ANSWER_LIMIT_BYTES."""
->>>>>>> issue15
 
 
 def _read_answer(raw: Any) -> Answer:
@@ -2129,11 +2032,7 @@ def explain(causes: list[BaseException]) -> str:
 def is_lasting(causes: list[BaseException]) -> bool:
     """Tell whether waiting does not mend it: a certificate, TLS, a name that does not exist."""
     passing = (*CLOSED, TimeoutError, http.client.IncompleteRead)
-<<<<<<< HEAD
     lasting = (TrustError, WrongName, ssl.SSLError, http.client.HTTPException)
-=======
-    lasting = (TrustError, WrongName, ssl.SSLError, HeadersTooLong, http.client.HTTPException)
->>>>>>> issue15
     for cause in causes:
         if isinstance(cause, socket.gaierror):
             return cause.errno != socket.EAI_AGAIN
@@ -3051,48 +2950,7 @@ def memory_cgroup(cgroup: str, root: str) -> tuple[str, tuple[bytes, bytes]]:
 # --- services ----------------------------------------------------------------------------
 
 SERVICES = ("zonemta", "wildduck", "haraka", "rspamd", "redis", "mongodb")
-<<<<<<< HEAD
 NODE_SERVICES = ("zonemta", "wildduck", "haraka")  # their processes share Node's program
-=======
-
-# `auto` takes the first of these services that runs: (service, role).
-ROLE_ORDER = (
-    ("wildduck", "wildduck"),
-    ("zonemta", "zonemta-outbound"),
-    ("haraka", "haraka"),
-    ("rspamd", "rspamd"),
-    ("mongodb", "mongodb"),
-    ("redis", "redis"),
-)
-ROLE_RANK = [role for _, role in ROLE_ORDER] + ["unknown"]
-
-# The ports that matter on a node, by its role; CHECK_PORTS overrides.
-MAIL_PORTS = (25, 587, 993, 995, 12080, 11334)
-ROLE_PORTS = {
-    "wildduck": MAIL_PORTS,
-    "zonemta-outbound": (587, 12080),
-    "zonemta-local": (587, 12080),
-    "haraka": (25,),
-    "rspamd": (11334,),
-    "redis": (6379,),
-    "mongodb": (27017,),
-    "unknown": MAIL_PORTS,
-}
-SERVICE_PORTS = {
-    "zonemta": (587, 12080), "haraka": (25,), "rspamd": (11334,), "redis": (6379,),
-    "mongodb": (27017,), "wildduck": (993, 995),
-}
-
-
-def ports_of(role: str, services: Iterable[str]) -> tuple[int, ...]:
-    """Return the ports to check: of a role, else of the service whose name it begins with,
-    else of the services on the node."""
-    if role in ROLE_PORTS:
-        return ROLE_PORTS[role]
-    named = [name for name in SERVICE_PORTS if role.lower().startswith(name)]
-    ports = [port for name in named or services for port in SERVICE_PORTS.get(name, ())]
-    return tuple(dict.fromkeys(ports)) or MAIL_PORTS
->>>>>>> issue15
 
 # Native servers keep the name of their program: comm -> service.
 SERVICE_COMMS = {
@@ -3680,68 +3538,6 @@ class ZoneMta:
             return figures
 
 
-# --- ZoneMTA's own figures ---------------------------------------------------------------
-
-# A figure of ours -> the metric of ZoneMTA's and the label to sum up, over all zones. What a
-# sender gives up for good is "rejected"; "bounced" is what went back to the author of a mail.
-ZONEMTA_FIGURES = {
-    "queued": ("queue_size", "queued"),
-    "deferred": ("queue_size", "deferred"),
-    "delivered_total": ("delivery_status", "delivered"),
-    "bounced_total": ("bounce_generation", ""),
-    "rejected_total": ("delivery_status", "rejected"),
-    "connections": ("connection_pool_size", ""),
-}
-ZONEMTA_METRIC = re.compile(r"^zonemta_(\w+)(\{.*\})? (\d{1,15})$", re.MULTILINE)
-ZONEMTA_LABEL = re.compile(r'[{,](?:status|type)="(\w*)"')
-
-
-def parse_zonemta(text: str) -> dict[str, int]:
-    """Return ZoneMTA's figures from its answer to GET /metrics (Prometheus' text format)."""
-    sums: dict[tuple[str, str], int] = {}
-    for metric, labels, value in ZONEMTA_METRIC.findall(text):
-        source = metric, "".join(ZONEMTA_LABEL.findall(labels))
-        sums[source] = sums.get(source, 0) + int(value)
-    return {
-        name: sums.get(source, 0) for name, source in ZONEMTA_FIGURES.items()
-        # a counter that is declared, but has no value yet, begins at 0
-        if source in sums or f"# TYPE zonemta_{source[0]} counter\n" in text
-    }
-
-
-class ZoneMta:
-    """Asks ZoneMTA's HTTP API over one kept connection."""
-
-    def __init__(self, url: str) -> None:
-        self._path = f"{urlsplit(url).path}/metrics"
-        self._connection = http.client.HTTPConnection(urlsplit(url).netloc, timeout=DAEMON_LIMIT_S)
-        self._worker = Worker(DAEMON_LIMIT_S, Problems())
-
-    def read(self, is_running: bool) -> dict[str, int] | None:
-        """Return its figures, None while it hangs; raise one of READ_ERRORS without an answer."""
-        results = self._worker.run({"ZoneMTA's API": self._ask} if is_running else {})
-        result = results.get("ZoneMTA's API", None if is_running else {})
-        if isinstance(result, Exception):
-            raise result
-        return result
-
-    def _ask(self) -> dict[str, int]:
-        with contextlib.suppress(ConnectionError):  # it closes an idle connection after 5 s
-            return self._get()
-        return self._get()
-
-    def _get(self) -> dict[str, int]:
-        with contextlib.ExitStack() as on_failure:
-            on_failure.callback(self._connection.close)
-            self._connection.request("GET", self._path)
-            answer = self._connection.getresponse()
-            figures = parse_zonemta(answer.read(ZONEMTA_ANSWER_BYTES).decode("utf-8", "replace"))
-            if answer.status != 200 or answer.read(1) or answer.length or not figures:
-                raise ValueError(f"it answered {answer.status} without ZoneMTA's figures")
-            on_failure.pop_all()
-            return figures
-
-
 # --- settings ----------------------------------------------------------------------------
 
 
@@ -4211,8 +4007,6 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-
-
 def take_sample(config: Config) -> tuple[Sample, dict[str, float]]:
     """Take one sample with real rates, in the role of what runs now; return its cost too."""
     collector = Collector(config, residents=Residents(at_once=True))
@@ -4262,6 +4056,8 @@ def try_dashboard(config: Config, transport: Transport, sample: Sample) -> tuple
 
     Without the part `agent`: what this process counts says nothing about the service.
     """
+    if not config.node_id:
+        return 1, "FAILED: the host name is not set yet: set NODE_ID, or the host name"
     dialect, key, started = DIALECTS[config.dashboard_api], config.api_key, time.monotonic()
     ip = transport.route_ip()
     answer = transport.post(dialect.register(node_of(config.node_id, sample, ip), key))
@@ -4337,7 +4133,7 @@ def describe_sample(sample: Mapping[str, Any]) -> list[str]:
 
 
 SERVICE_UNIT = "tinomail-agent.service"
-NOBODY = 65534  # the user and the group of it, on every distribution with systemd
+NOBODY_ID = 65534  # the user and the group of it, on every distribution with systemd
 
 
 def unit_environ() -> dict[str, str]:
@@ -4361,8 +4157,8 @@ def become_nobody() -> None:
     if os.geteuid() == 0:
         with contextlib.suppress(OSError):  # a user namespace without such a user
             os.setgroups([])
-            os.setgid(NOBODY)
-            os.setuid(NOBODY)
+            os.setgid(NOBODY_ID)
+            os.setuid(NOBODY_ID)
 
 
 def main(argv: list[str] | None = None, *, installed: bool = False) -> int:

@@ -669,64 +669,6 @@ def test_samples_go_on_when_a_later_registration_fails(
     assert len(site.nodes) == 7
 
 
-
-    site.beat(3)
-    assert len(site.nodes) == 7
-
-
-def test_registers_again_when_the_services_seen_change(api: str) -> None:
-    """Where the dashboard is told of them."""
-    site = Site(api)
-    row = {"status": "running", "pid": 7, "memory_mb": 1, "cpu_percent": 1}
-    gone = {"status": "not_found", "pid": None, "memory_mb": 0, "cpu_percent": 0}
-    for zonemta in (gone, gone, row, row, {**row, "pid": 8}, {**row, "status": "stopped"}, gone):
-        site.parts = {"processes": {"redis": row, "zonemta": zonemta}}
-        site.beat()
-    if api == "v1":
-        assert len(site.nodes) == 1
-    else:
-        found = [node["metadata"]["detectedServices"] for node in site.nodes]
-        assert found == [["redis"], ["redis", "zonemta"], ["redis"]]
-    assert site.counters.delivered == 7
-
-
-# --- ZoneMTA's figures
-
-QUEUE = {"zonemta": {"queued": 3, "deferred": 4}}
-
-
-def test_zonemtas_figures_go_out_after_the_newest_sample_alone(api: str) -> None:
-    site = Site(api)
-    site.beat(2)  # without figures
-    site.parts = QUEUE
-    site.answer = lambda request: Answer(503)
-    site.beat(3)
-    assert (site.queues, site.counters.waiting) == ([], 3)
-    site.answer = lambda request: OK
-    site.beat(2)
-    assert site.counters.delivered == 7
-    assert site.queues == ([] if api == "v1" else ["t6", "t7"])  # not those that waited
-
-
-@pytest.mark.parametrize(
-    "answer", [Answer(500, body=b"{}"), NO_ANSWER, Answer(401), Answer(404, body=b"{}"),
-               Answer(429, retry_after="60"), Answer(422, body=b"{}")], ids=str,
-)
-def test_figures_that_are_not_taken_are_not_tried_again_and_cost_no_sample(
-    answer: Answer, caplog: pytest.LogCaptureFixture
-) -> None:
-    site = Site("tinomail-monitor")
-    site.parts, site.queue_answer = QUEUE, answer
-    site.beat(4)
-    assert site.queues == ["t1", "t2", "t3", "t4"]
-    assert site.delivered == ["t1", "t2", "t3", "t4"]
-    times = [at for at, _ in site.posts]
-    assert [later - at for at, later in itertools.pairwise(times)] == [BEAT_S] * 3
-    assert (site.counters.waiting, len(site.nodes)) == (0, 1)
-    [line] = said(caplog, logging.WARNING)
-    assert line.startswith("cannot deliver ZoneMTA's figures: ")
-
-
 def test_registers_again_when_the_services_seen_change(api: str) -> None:
     """Where the dashboard is told of them."""
     site = Site(api)

@@ -344,25 +344,6 @@ def test_output_that_cannot_be_written(args: tuple[str, ...], end: str, tmp_path
     )
     assert "Traceback" not in done.stderr and "ignored" not in done.stderr
     assert done.returncode in (0, 1, 75, 124), done
-<<<<<<< HEAD
-=======
-
-
-@given(st.text(st.characters(min_codepoint=0x21, max_codepoint=0x7E), min_size=6))
-def test_an_echoed_key_is_masked_however_it_is_spelt(key: str) -> None:
-    import html
-    import json
-    import urllib.parse
-
-    spellings = {
-        key, repr(key)[1:-1], json.dumps(key)[1:-1], json.dumps(key)[1:-1].replace("/", "\\/"),
-        html.escape(key), urllib.parse.quote(key, safe=""), urllib.parse.quote(key).lower(),
-        "".join(c if c.isalnum() else f"\\u{ord(c):04x}" for c in key),
-        "".join(c if c.isalnum() else f"&#{ord(c)};" for c in key),
-    }
-    for spelling in spellings:
-        assert agent.mask(f"<{spelling}>", key) == "<***>", spelling
->>>>>>> issue15
 
 
 def test_once_needs_no_dashboard() -> None:
@@ -449,17 +430,3 @@ def test_a_role_is_any_name(text: str, role: str) -> None:
 )
 def test_ports_of_a_role(role: str, services: tuple[str, ...], ports: tuple[int, ...]) -> None:
     assert agent.ports_of(role, services) == ports
-<<<<<<< HEAD
-=======
-
-
-def test_check_reports_in_the_role_of_the_service(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    """It registers: with the role of this very moment it would overwrite that of the service."""
-    agent.State(str(tmp_path)).remember_role("wildduck")
-    monkeypatch.setattr(agent, "SERVICE_STATE", str(tmp_path))
-    monkeypatch.setattr(agent, "PRIME_S", 0.01)
-    sample, _ = agent.take_sample(make_config())
-    assert sample.role == "wildduck"
->>>>>>> issue15

@@ -897,8 +897,6 @@ class Sender:
         The dashboard refused it twice in a row, or its retries are used up and ended in an
         error of the dashboard's own. Tell whether it is to be given up.
         """
-        if verdict.outcome is Outcome.DAMAGED:
-            return True
         is_round_over = self._failures >= len(BACKOFF_S) or self._down_since is not None
         is_against = verdict.outcome is Outcome.REFUSED or (
             verdict.outcome is Outcome.RETRY and verdict.is_own_error and is_round_over
@@ -955,7 +953,8 @@ class Sender:
             self._problems.begin(
                 "registration", f"cannot register again: {verdict.problem}", verdict.detail
             )
-        return dataclasses.replace(verdict, problem=f"registration: {verdict.problem}")
+        problem = f"registration: {verdict.problem}"
+        return dataclasses.replace(verdict, problem=problem, is_own_error=False)
 
     def _registration(self, sample: Sample, ip: str) -> Request:
         return self._dialect.register(node_of(self._own_id, sample, ip), self._config.api_key)
@@ -965,11 +964,7 @@ class Sender:
     def _post(self, sample: Sample) -> Verdict:
         """Post a sample; what the dashboard refuses is posted once more at once."""
         node_id = self._node_id or self._own_id
-        try:
-            request = self._dialect.sample(sample.packed, node_id, self._config.api_key)
-        except Exception as error:  # a file from disk may hold anything
-            problem = f"a saved sample is damaged ({type(error).__name__})"
-            return Verdict(Outcome.DAMAGED, problem=problem)
+        request = self._dialect.sample(sample.packed, node_id, self._config.api_key)
         self._buffer.begin_post(sample)
         for _ in range(2):
             verdict = self._judge(self._transport.post(request, self._limit_s()), judge)
@@ -1265,7 +1260,6 @@ class Outcome(Enum):
     KEPT = "kept; tried again at the next heartbeat"
     REGISTER = "kept; the node registers and tries once more"
     REFUSED = "refused by the dashboard itself: kept until the last strike"
-    DAMAGED = "no sample, but a damaged file: given up"
 
 
 @dataclass(frozen=True, slots=True)
@@ -1774,6 +1768,7 @@ class Transport:
                 sock.close()
                 error = failure
                 continue
+            sock.settimeout(max(0.001, self.deadline - time.monotonic()))
             self._address, self._opened = address, time.monotonic()
             self.local_ip = str(sock.getsockname()[0])
             return sock

@@ -1,6 +1,6 @@
 """Not one sample lost: real agents, a real server, and whatever can go wrong between them.
 
-All scenes play at once, in threads; they mostly wait. lives.py notes each sample that was taken:
+Ten scenes play at once, in threads; they mostly wait. lives.py notes each sample that was taken:
 all of them must be in the dashboard in the end, each once.
 """
 
@@ -32,6 +32,7 @@ from dashboard import Dashboard
 pytestmark = pytest.mark.long
 
 BEAT_MS = 100
+AT_ONCE = 10
 KILLS = 200
 
 
@@ -235,6 +236,69 @@ def proxy_fault(fault: str) -> Callable[[Scene], None]:
     return play
 
 
+@contextlib.contextmanager
+def own_disk(scene: Scene) -> Iterator[Callable[[str], None]]:
+    """Put STATE_DIRECTORY on a file system of its own; yield what freezes (-f) and thaws (-u) it.
+
+    What writes to it meanwhile is stuck in the kernel, and cannot even be killed.
+    """
+    mount = scene.folder / "state"
+    mount.mkdir()
+    image = str(scene.folder / "image")
+    for command in (["truncate", "-s", "16M", image], ["mkfs.ext4", "-q", image],
+                    ["mount", "-o", "loop", image, str(mount)]):
+        if subprocess.run(command, capture_output=True).returncode:
+            pytest.skip(f"needs root and loop devices: {' '.join(command)} failed")
+
+    def freeze(option: str) -> None:
+        subprocess.run(["fsfreeze", option, str(mount)], check=True, timeout=30)
+
+    try:
+        yield freeze
+    finally:
+        subprocess.run(["fsfreeze", "-u", str(mount)], capture_output=True, timeout=30)
+        subprocess.run(["umount", "-l", str(mount)], check=True, timeout=30)
+
+
+def frozen_disk(scene: Scene) -> None:
+    """STATE_DIRECTORY hangs in an outage: samples go on, and come when the dashboard is back."""
+    with own_disk(scene) as freeze, scene.agent() as process:
+        eventually(lambda: len(scene.server.stored()) > 3, 40)
+        scene.server.fault = "503"
+        eventually(lambda: process.lines("cannot deliver"), 40)
+        freeze("-f")
+        try:
+            count = len(scene.taken())
+            eventually(lambda: len(scene.taken()) > count + 30, 40, "samples go on")
+            eventually(lambda: process.lines("STATE_DIRECTORY hangs"), 40)
+            scene.server.fault = "off"
+            scene.wait_until_drained()
+        finally:
+            freeze("-u")
+        eventually(lambda: process.lines("no longer hangs"), 40)
+        scene.wait_until_drained()
+
+
+def stopped_with_a_frozen_disk(scene: Scene) -> None:
+    """The agent says goodbye in time. The kernel keeps the process until the disk moves again."""
+    with own_disk(scene) as freeze, scene.agent() as process:
+        eventually(lambda: len(scene.server.stored()) > 3, 40)
+        scene.server.fault = "503"
+        eventually(lambda: process.lines("cannot deliver"), 40)
+        freeze("-f")
+        try:
+            eventually(lambda: process.lines("STATE_DIRECTORY hangs"), 40)
+            scene.server.fault = "off"
+            scene.wait_until_drained()
+            asked = time.monotonic()
+            process.process.send_signal(signal.SIGTERM)
+            eventually(lambda: process.lines("stopped: "), 40)
+            assert time.monotonic() - asked < 10
+        finally:
+            freeze("-u")
+        assert process.process.wait(40) == 0
+
+
 def every_third_request(scene: Scene) -> None:
     def set_to(mood: bool) -> None:
         assert isinstance(scene.server, Moody)
@@ -274,7 +338,7 @@ def clock_steps(scene: Scene) -> None:
     with scene.agent("--clock", str(clock)):
         for offset in ("86400", "0", "-86400", "0"):
             count = len(scene.taken())
-            eventually(lambda wanted=count + 8: len(scene.taken()) > wanted, 20)  # type: ignore[misc]
+            eventually(lambda wanted=count + 8: len(scene.taken()) > wanted, 90)  # type: ignore[misc]
             new = scene.folder / "clock.new"
             new.write_text(offset)
             new.replace(clock)
@@ -302,22 +366,28 @@ def killed_in_an_outage(scene: Scene) -> None:
 
 def killed_while_healthy(scene: Scene) -> None:
     scene.many_lives(seed=12)
-    with scene.agent():
-        time.sleep(2)  # what waited on disk goes out
+    before = len(scene.server.stored())
+    with scene.agent():  # what waited on disk goes out
+        eventually(lambda: len(scene.server.stored()) > before + 10, 60, "the last life", 0.1)
 
 
+# Answers that are no acceptance: of somebody else, or the dashboard's own.
+ANSWERED = ("400", "401", "403", "404", "422", "500", "503", "html", "redirect", "unsuccessful")
 PROXY_FAULTS = ("reset before", "reset during", "reset after", "stall")
-SCENES: dict[str, Callable[[Scene], None]] = {
+SCENES: dict[str, Callable[[Scene], None]] = {  # the long ones first
+    "429, Retry-After: 30": retry_after_30,
+    "SIGSTOP for 60 s": stopped_for_60_s,
+    "kill -9 while healthy": killed_while_healthy,
+    "kill -9 in an outage": killed_in_an_outage,
     **{mode: dashboard_fault(mode) for mode in ("refuse", "hang", "half", "reset", "drip")},
+    **{mode: dashboard_fault(mode) for mode in ANSWERED},
     **{fault: proxy_fault(fault) for fault in PROXY_FAULTS},
     "stall in the TLS handshake": proxy_fault("stall"),
     "every third request": every_third_request,
     "storm of 500": storm_of_500,
-    "429, Retry-After: 30": retry_after_30,
     "clock steps of a day": clock_steps,
-    "SIGSTOP for 60 s": stopped_for_60_s,
-    "kill -9 in an outage": killed_in_an_outage,
-    "kill -9 while healthy": killed_while_healthy,
+    "frozen STATE_DIRECTORY": frozen_disk,
+    "stop with a frozen STATE_DIRECTORY": stopped_with_a_frozen_disk,
 }
 # Where an answer may be lost on the way: one in a connection that was cut when the fault began,
 # or any number.
@@ -345,7 +415,8 @@ def scenes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Futur
             scene.stored = server.stored()
             return scene
 
-    with ThreadPoolExecutor(len(SCENES)) as pool:
+    # Not all at once: an agent whose answers come late for want of CPU posts samples twice.
+    with ThreadPoolExecutor(AT_ONCE) as pool:
         yield {name: pool.submit(play, name, perform) for name, perform in SCENES.items()}
 
 

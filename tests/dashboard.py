@@ -602,12 +602,14 @@ class Dashboard(ThreadingHTTPServer):
             if self.tls:
                 request.settimeout(10)
                 wrapped = self.tls.wrap_socket(request, server_side=True)
+                with self._lock:  # the plain one is empty now
+                    self._live = self._live - {request} | {wrapped}
             self.handler_class(wrapped, client_address, self)
         except OSError:
             pass  # the client hung up, or refused our certificate
         finally:
             with self._lock:
-                self._live.discard(request)
+                self._live -= {request, wrapped}
             with contextlib.suppress(OSError):
                 wrapped.close()
 

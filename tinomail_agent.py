@@ -423,12 +423,13 @@ class Collector:
         for name, reader in self.readers.items():
             system.update(self._try(name, reader))
         body: dict[str, Any] = {"timestamp": iso_utc(taken), "system": system}
-        for name, reader in (
-            ("processes", self._read_processes), ("services", self._check_ports),
-            ("zonemta", self._read_zonemta),
+        for part, name, reader in (
+            ("processes", "processes", self._read_processes),
+            ("services", "services", self._check_ports),
+            ("zonemta", "ZoneMTA's figures (ZONEMTA_URL)", self._read_zonemta),
         ):
             if found := self._try(name, reader):
-                body[name] = found
+                body[part] = found
         role = body["role"] = self.role
         own_memory = self._try("rss_bytes", lambda: {"rss_bytes": own_rss_bytes()})
         self._welcome_read()

@@ -2684,10 +2684,7 @@ class Known:
     candidates: tuple[str, ...]  # the services whose process it may be, by comm and unit
     cmdline: bytes | None = None  # None: not needed, or not read yet
     identity: Identity = NOBODY
-
-    @property
-    def is_unclear(self) -> bool:
-        return bool(self.candidates) and self.cmdline is None and not self.identity.service
+    is_none: bool = False  # it is known to belong to no service
 
 
 # What is no service is looked at in each of the first samples, then in every LOOK_AGAINth, the
@@ -2738,13 +2735,14 @@ class ProcessTable:
             raise PermissionError(
                 errno.EACCES, "other users' processes are hidden (hidepid on /proc)"
             ) from None
-        self._look()
-        members = self._members()
+        looked = self._look()
+        members = self._members(looked)
         ticks = {(k.process.pid, k.process.start_ticks): (k.process.cpu_ticks,)
                  for its in members.values() for k in its}
         grown = self._meter.growth(ticks)
         self._read_at, seconds = self._clock(), self._clock() - self._read_at
-        unclear = {s for k in self._known.values() if k.is_unclear for s in k.candidates}
+        unclear = {service for known in looked if known.cmdline is None
+                   and not known.identity.service for service in known.candidates}
         found = {}
         for service, its in members.items():
             row = self._describe(its, seconds, grown)
@@ -2756,11 +2754,12 @@ class ProcessTable:
 
     # - which processes there are
 
-    def _look(self) -> None:
+    def _look(self) -> list[Known]:
         """Look at all processes that are new, belong to a service, or are to be asked again."""
         self._round += 1
         before, self._known = self._known, {}
-        asked: dict[str, int] = {}  # name of the call -> pid
+        looked: list[Known] = []
+        asked: dict[str, Known] = {}  # by the name of the call
         calls: dict[str, Callable[[], bytes]] = {}
         for pid, inode in self._list():
             seen = before.get(pid)
@@ -2768,17 +2767,20 @@ class ProcessTable:
                 self._known[pid] = seen
                 continue
             try:
-                known = self._known[pid] = self._look_at(pid, inode, seen)
+                known = self._look_at(pid, inode, seen)
             except ENDED:
                 continue
-            if known.candidates:
+            if not known.candidates:
+                looked.append(known)
+            else:
                 name = f"the command line of process {pid} ({_printable(known.process.comm)})"
-                asked[name] = pid
+                asked[name] = known
                 path = self._file(known, "cmdline")
                 calls[name] = functools.partial(read_bytes, path, CMDLINE_LIMIT_BYTES)
         cmdlines = self._worker.run(calls)
-        for name, pid in asked.items():
-            self._note_cmdline(pid, cmdlines.get(name))
+        looked += (k for name, k in asked.items() if self._is_there(k, cmdlines.get(name)))
+        self._known |= {known.process.pid: known for known in looked}
+        return looked
 
     def _list(self) -> list[tuple[int, int]]:
         """Return (pid, inode of /proc/PID) of all processes; nothing of them is read."""
@@ -2787,8 +2789,7 @@ class ProcessTable:
 
     def _is_settled(self, pid: int, known: Known) -> bool:
         is_old = self._round - known.since >= LOOK_AGAIN
-        is_clear = not known.identity.service and not known.is_unclear
-        return is_clear and is_old and (self._round + pid) % LOOK_AGAIN != 0
+        return known.is_none and is_old and (self._round + pid) % LOOK_AGAIN != 0
 
     def _look_at(self, pid: int, inode: int, seen: Known | None) -> Known:
         """Read what never blocks: all but the command line."""
@@ -2804,38 +2805,40 @@ class ProcessTable:
         cgroup = sys.intern(os.fsdecode(read_bytes(f"{self._proc}/{pid}/cgroup")))
         candidates = candidates_of(process.comm, cgroup)
         watched = Identity(None if candidates else self._watched.get(process.comm))
-        return Known(process, inode, since, cgroup, candidates, identity=watched)
+        is_none = not candidates and not watched.service
+        return Known(process, inode, since, cgroup, candidates, None, watched, is_none)
 
-    def _note_cmdline(self, pid: int, cmdline: bytes | Exception | None) -> None:
-        """Take in what the worker brought of a process; None if the reading hangs."""
-        known, comm = self._known[pid], self._known[pid].process.comm
+    def _is_there(self, known: Known, cmdline: bytes | Exception | None) -> bool:
+        """Take in a process' command line, None if the reading hangs; tell if it has not ended."""
+        comm = known.process.comm
         if isinstance(cmdline, ENDED):
-            del self._known[pid]
-        elif isinstance(cmdline, Exception):
+            return False
+        if isinstance(cmdline, Exception):
             raise cmdline
-        elif known.cmdline is None or (cmdline and cmdline != known.cmdline):
+        if known.cmdline is None or (cmdline and cmdline != known.cmdline):
             # Of one that hangs the name has to tell. One that has died has no command line:
             # what is known of it remains.
             known.cmdline, known.identity = cmdline, identify(comm, cmdline or b"", known.cgroup)
             if not known.identity.service and cmdline is not None:
                 known.identity = Identity(self._watched.get(comm))
+            known.is_none = cmdline is not None and not known.identity.service
+        return True
 
-    def _members(self) -> dict[str, list[Known]]:
+    def _members(self, looked: Iterable[Known]) -> dict[str, list[Known]]:
         """Return service -> its processes.
 
         A unit that holds a process with the service's own title or script holds no other one
         that the unit alone tells of: those are helpers.
         """
-        ours = [known for known in self._known.values() if known.identity.service]
+        ours = [known for known in looked if known.identity.service]
         own = {(k.identity.service, k.cgroup) for k in ours
                if not k.identity.by_unit and not k.process.is_dead}
-        members: dict[str, list[Known]] = {service: [] for service in self._services}
         places = {k.cgroup for k in ours if k.identity.service in NODE_SERVICES}
         self._node_processes = sum(
-            k.identity.service in NODE_SERVICES
-            or (k.cgroup in places and NODE_COMM.match(k.process.comm) is not None)
-            for k in self._known.values()
+            k.identity.service in NODE_SERVICES or NODE_COMM.match(k.process.comm) is not None
+            for k in self._known.values() if k.cgroup in places
         )
+        members: dict[str, list[Known]] = {service: [] for service in self._services}
         for known in ours:
             if not known.identity.by_unit or (known.identity.service, known.cgroup) not in own:
                 members[str(known.identity.service)].append(known)

@@ -641,7 +641,7 @@ def test_an_upgrade_that_ends_soon_after_its_start_is_rolled_back(node: Box) -> 
     code, output = node.try_sh("/root/broken/install.sh", limit_s=300)
     last = output.splitlines()[-1]
     assert (code, f"starting {agent.VERSION} -> 9.9.9" in output) == (1, True), output
-    assert "the agent ended soon after its start: " in last and "exit status 3" in last
+    assert "the agent ended after its start: " in last and "status 3" in last
     assert last.endswith(f"{agent.VERSION} and its settings are back and active.")
     node.expect_samples(60)
 

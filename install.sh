@@ -45,7 +45,6 @@ KEPT=$NODE_AGENT/old-unit       # its unit and drop-ins, once it has been replac
 # For a venv, when there is neither lib/ nor apt; as in pyproject.toml.
 REQUIREMENTS=('psutil>=5.9.0' 'requests>=2.25.1' 'python-dotenv>=0.19.2' 'sdnotify>=0.3.1')
 PACKAGES=(python3-psutil python3-requests python3-dotenv python3-sdnotify)
-MODULES='psutil, requests, dotenv.parser, sdnotify'
 ROOM_MB=20  # for a second version beside the first
 
 here=$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")
@@ -66,7 +65,8 @@ die()  { cause=$1; exit "${2:-1}"; }
 version_of() { sed -n 's/^VERSION = "\(.*\)"/\1/p' "$1/tinomail_agent.py" 2>/dev/null || :; }
 
 read_options() {
-    local -A short=([--url]=DASHBOARD_URL [--api]=DASHBOARD_API [--role]=NODE_ROLE [--node-id]=NODE_ID)
+    local -A short=(
+        [--url]=DASHBOARD_URL [--api]=DASHBOARD_API [--role]=NODE_ROLE [--node-id]=NODE_ID)
     while [ $# -gt 0 ]; do
         case $1 in
             --url|--api|--role|--node-id|--set|--key-file|--ca-file|--python)
@@ -110,7 +110,7 @@ check_room() {
     for place in /etc /usr/local; do
         [ -w "$place" ] || die "$place cannot be written to (a read-only file system?)"
         free=$(df -Pm "$place" | awk 'END { print $4 }')
-        [ "$free" -ge $ROOM_MB ] || die "the disk of $place has $free MB left: make room ($ROOM_MB MB)"
+        [ "$free" -ge $ROOM_MB ] || die "the disk of $place has $free MB left: make room"
     done
 }
 
@@ -216,7 +216,7 @@ recover_node_agent() {
 }
 
 choose_python() {
-    if [ "$here" = "$DEST" ] && [ -n "$python" ]; then die "--python: needs a bundle or a checkout" 2; fi
+    [ "$here" != "$DEST" ] || [ -z "$python" ] || die "--python: needs a bundle or a checkout" 2
     if [ -z "$python" ]; then
         # The one of before, if it is still there; of a venv, the one that it was made with.
         [ ! -e "$DEST/tinomail-agent" ] || python=$(sed -n '1s/^#!//p' "$DEST/tinomail-agent")
@@ -232,7 +232,7 @@ choose_python() {
 
 # ---------------------------------------------------------------- building $new
 
-has_modules() { PYTHONPATH=$new/lib "$1" -c "import $MODULES" 2>/dev/null; }
+has_modules() { PYTHONPATH=$new/lib "$1" -c 'import psutil, requests, dotenv, sdnotify' 2>&-; }
 
 # lib/ of the bundle, else what the system has, else the distribution's packages, else a venv.
 add_dependencies() {
@@ -262,7 +262,8 @@ install_packages() {
     # What came with us leaves with us: --uninstall --purge. Others come to rely on ca-certificates
     # and openssl without a word to dpkg: they stay.
     [ -d "$ETC" ] || mkdir -m 755 "$ETC"
-    tr -d '\r' <"$new/apt.log" | sed -n 's/^Selecting previously unselected package \(.*\)\.$/\1/p' |
+    tr -d '\r' <"$new/apt.log" |
+        sed -n 's/^Selecting previously unselected package \(.*\)\.$/\1/p' |
         { grep -vxE 'ca-certificates|openssl' || :; } >>"$BROUGHT"
     rm "$new/apt.log"
 }
@@ -281,8 +282,7 @@ make_venv() {
 
 build_new() {
     rm -rf "$new"
-    # the installed copy: the same version, other settings
-    if [ "$here" = "$DEST" ]; then cp -a "$DEST" "$new"; return; fi
+    if [ "$here" = "$DEST" ]; then cp -a "$DEST" "$new"; return; fi  # other settings alone
     mkdir "$new"
     cp "$here"/{tinomail_agent.py,"$UNIT",install.sh,README.md,LICENSE,agent.env.example} \
         "$here/packaging/write_settings.py" "$new/"
@@ -320,8 +320,8 @@ write_settings() {
     [ -z "$key_file" ] || options+=(--key-file "$key_file")
     [ -z "$ca_file" ] || options+=(--ca-file "$ca_file" "$CA_FILE")
     [ $takeover = no ] || options+=(--node-agent "$NODE_AGENT/.env")
-    said=$(with_agent "$new/write_settings.py" "$ENV_FILE" "${settings[@]/#/--set=}" "${options[@]}" \
-        2>&1) || { code=$?; say "$said" >&2; die "${said##*$'\n'}" $code; }
+    said=$(with_agent "$new/write_settings.py" "$ENV_FILE" "${settings[@]/#/--set=}" \
+        "${options[@]}" 2>&1) || { code=$?; say "$said" >&2; die "${said##*$'\n'}" $code; }
     [ -z "$said" ] || say "$said" >&2
 }
 
@@ -400,11 +400,12 @@ show() { systemctl show -p "$1" --value "$UNIT"; }
 start() { timeout "$ACTIVE_WITHIN" systemctl restart "$UNIT" 2>/dev/null 9>&-; }
 
 # If --check could deliver a sample, the service must, too; an upgrade must outlive its first ones.
+has_delivered() { [[ $(show StatusText) =~ ^ok:\ [1-9] ]]; }
 prove() {
     local pid took=0 from=$SECONDS
     pid=$(show MainPID)
-    until [ $took -ge "${watch_s:-0}" ] && { [ "$code" != 0 ] || [[ $(show StatusText) =~ ^ok:\ [1-9] ]]; }; do
-        [ "$(show ActiveState) $(show MainPID)" = "active $pid" ] || failed "ended soon after its start"
+    until [ $took -ge "${watch_s:-0}" ] && { [ "$code" != 0 ] || has_delivered; }; do
+        [ "$(show ActiveState),$(show MainPID)" = "active,$pid" ] || failed "ended after its start"
         [ $took -lt $DELIVERS_WITHIN ] || failed "does not deliver" "$(show StatusText)"
         sleep 0.3
         took=$((SECONDS - from))
@@ -431,8 +432,8 @@ put_back() {
     restore_files
     [ ! -e "$old" ] || { rm -rf "$DEST"; mv -T "$old" "$DEST"; }
     systemctl daemon-reload
-    outcome="$(version_of "$DEST") and its settings are back and active."
-    start || outcome="$(version_of "$DEST") and its settings are back, but not active: systemctl status $UNIT"
+    outcome="$(version_of "$DEST") and its settings are back"
+    if start; then outcome+=' and active.'; else outcome+=", but not active: see its log"; fi
 }
 
 # The end of every run: what has not proved itself is undone, and the last line is said.
@@ -450,14 +451,14 @@ finish() {
     printf 'install.sh: FAILED: %s\n' "${cause//\?./?}${outcome:+ $outcome}" >&2
 }
 
-last_lines() { journalctl --sync; journalctl -q --no-pager -o cat -n "$1" -u "$UNIT" | sed 's/^/  /'; }
+last_lines() { journalctl --sync; journalctl -q --no-pager -ocat -n "$1" -u $UNIT | sed 's/^/  /'; }
 
 failed() {
     local words=${2:-}
     { say "the last lines of its log:"; last_lines 12; } >&2
     [ -n "$words" ] || words=$(journalctl -q --no-pager -o cat -p err -n 1 \
         "_SYSTEMD_INVOCATION_ID=$(show InvocationID)")
-    die "the agent $1: ${words:-$(show SubState), result $(show Result), exit status $(show ExecMainStatus)}"
+    die "the agent $1: ${words:-$(show SubState), $(show Result), status $(show ExecMainStatus)}"
 }
 
 # ---------------------------------------------------------------- the two jobs
@@ -469,7 +470,7 @@ do_install() {
     check_room
     choose_python
     at_work=yes
-    if [ -e "$old" ]; then  # an earlier run was cut off (power, SIGKILL) before its agent proved itself
+    if [ -e "$old" ]; then  # an earlier run was cut off (power, SIGKILL) before it was proved
         unproven=yes
         restore_files
         rm -rf "$DEST"
@@ -500,14 +501,13 @@ do_install() {
 report() {
     say "$check"$'\n\n'"last lines of its log (journalctl -u tinomail-agent):"
     last_lines 5
-    say
     say_node_agent
     case $code in
         0)  say "done: the agent is active ($version), and the dashboard takes this node's samples" ;;
-        75) say "WARNING: the agent is active ($version), but cannot reach the dashboard now: $problem." \
-                "Samples wait; look again with: sudo tinomail-agent --check" ;;
-        *)  die "the agent is active ($version), but $problem. Samples wait: correct the settings with
-                $DEST/install.sh (--key-file, --ca-file, --set; see --help)" ;;
+        75) say "WARNING: the agent is active ($version), but cannot reach the dashboard now:" \
+                "$problem. Samples wait; look again with: sudo tinomail-agent --check" ;;
+        *)  die "the agent is active ($version), but $problem. Samples wait: correct the settings
+                with $DEST/install.sh (--key-file, --ca-file, --set; see --help)" ;;
     esac
 }
 

@@ -22,7 +22,7 @@ set -euo pipefail
 JOBS=${JOBS:-8} KEY_FILE=${KEY_FILE:-} CA_FILE=${CA_FILE:-} INSTALL_ARGS=${INSTALL_ARGS:-}
 export LOGS=${LOGS:-dist/deploy} KEY_FILE CA_FILE INSTALL_ARGS
 
-# Both run on the node. The folder holds the bundle and perhaps ca.pem; the key, if any, is on stdin.
+# Both run on the node. The folder holds the bundle and perhaps ca.pem; a key is on stdin.
 # shellcheck disable=SC2016  # expanded there
 INSTALL='cd "$0" || exit; s=; [ "$(id -u)" = 0 ] || s="sudo -n"; tar -xzf bundle.tar.gz &&
     $s bash tinomail-agent-*/install.sh "$@"; c=$?; cd /; rm -rf "$0"; exit $c'

@@ -26,7 +26,7 @@ BOX_NET=${BOX_NET:-host}                   # host: apt/pip work; none: own loopb
 BOX_PACKAGES=${BOX_PACKAGES:-}             # more packages, comma-separated
 BOX_PYTHON=${BOX_PYTHON:-}                 # a Python prefix of this host to show as /opt/python
 BOX_BIND=${BOX_BIND:-}                     # more read-only binds: "SRC:DST SRC:DST"
-BOX_TIMEOUT=${BOX_TIMEOUT:-60}             # seconds allowed for boot, and for shutdown
+BOX_TIMEOUT=${BOX_TIMEOUT:-300}            # seconds allowed for boot, and for shutdown
 
 BASE_PACKAGES=systemd,systemd-sysv,dbus,ca-certificates,procps,iproute2,python3,python3-venv
 SELF=$(readlink -f "${BASH_SOURCE[0]}")

@@ -622,14 +622,15 @@ def test_an_upgrade_that_does_not_compile_changes_nothing(node: Box) -> None:
     pid = node.pid()
     code, output = node.try_sh("/root/broken/install.sh")
     assert (code, node.pid()) == (1, pid)
-    assert "nothing was changed" in output
+    last = "install.sh: FAILED: this copy of the agent cannot be compiled. Nothing was changed."
+    assert output.splitlines()[-1] == last
 
 
 def test_wrong_settings_are_refused_before_anything_changes(node: Box) -> None:
     pid, settings = node.pid(), node.sh(f"cat {ENV_FILE}")
-    code, output = node.try_sh("/root/bundle/install.sh --role mailer --url http://example.com")
+    code, output = node.try_sh("/root/bundle/install.sh --set CHECK_MODE=no --url http://example.com")
     assert code == 78
-    assert "NODE_ROLE: must be one of" in output
+    assert "CHECK_MODE: must be one of" in output
     assert "DASHBOARD_URL: http:// would send the key in clear text" in output
     assert (node.pid(), node.sh(f"cat {ENV_FILE}")) == (pid, settings)
 
@@ -641,7 +642,7 @@ def test_an_upgrade_that_ends_soon_after_its_start_is_rolled_back(node: Box) -> 
     code, output = node.try_sh("/root/broken/install.sh", limit_s=300)
     last = output.splitlines()[-1]
     assert (code, f"starting {agent.VERSION} -> 9.9.9" in output) == (1, True), output
-    assert "the agent ended soon after its start: " in last and "exit status 3" in last
+    assert "the agent ended after its start: " in last and "status 3" in last
     assert last.endswith(f"{agent.VERSION} and its settings are back and active.")
     node.expect_samples(60)
 

@@ -149,7 +149,7 @@ def test_taken_over_and_away_again(node: Box) -> None:
         "NODE_ROLE": "zonemta", "HEARTBEAT_INTERVAL": "2000",
         "DASHBOARD_API": "tinomail-monitor",
     }
-    assert "done: the agent is active, and the dashboard takes this node's samples" in output
+    assert f"done: the agent is active ({agent.VERSION}), and the dashboard takes" in output
     assert f"the Node.js agent of before is in {OLD}, its unit and drop-ins in {OLD}/old-unit" in (
         output
     )

@@ -1007,6 +1007,7 @@ class _Batch:
 
     calls: Mapping[str, Callable[[], Any]]
     current: str = ""  # the call that the thread is in
+    begun: float = field(default_factory=time.monotonic)  # when it began with it
     results: dict[str, Any] = field(default_factory=dict)
     finished: threading.Event = field(default_factory=threading.Event)
     is_abandoned: bool = False
@@ -1073,7 +1074,7 @@ class Worker:
             for name, call in batch.calls.items():
                 if batch.is_abandoned:
                     return
-                batch.current = name
+                batch.current, batch.begun = name, time.monotonic()
                 try:
                     batch.results[name] = call()
                 except Exception as error:
@@ -1085,13 +1086,14 @@ class Worker:
     def _wait(self, batch: _Batch, deadline: float) -> bool:
         """Tell whether a batch finished: before the deadline, and with progress until then.
 
-        A call has half of the time that is left, so that the others have the rest.
+        A call has half of the time that is left as it begins, so that the others have the rest.
         """
         while (left := deadline - time.monotonic()) > 0:
-            before = batch.current
-            if batch.finished.wait(max(left / 2, self._limit_s / 8)):
+            begun = batch.begun
+            its_left = begun + (deadline - begun) / 2 - time.monotonic()
+            if batch.finished.wait(min(left, max(its_left, self._limit_s / 8))):
                 return True
-            if batch.current == before != "":
+            if batch.current and batch.begun == begun:
                 return False
         return batch.finished.is_set()
 

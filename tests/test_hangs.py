@@ -133,7 +133,8 @@ def scene_all_hangs(folder: str, disk: str, seconds: float) -> dict[str, Any]:
                             " ORDER BY timestamp DESC LIMIT 1")[0]
         rest = len(os.listdir(f"/proc/{agent.process.pid}/task"))
         code = agent.stop()
-    return {"ready_s": ready_s, "last": last, "state": os.listdir("/media/state"), "threads": (threads, rest), "rows": rows, "log": log,
+    return {"ready_s": ready_s, "last": last, "state": os.listdir("/media/state"),
+            "threads": (threads, rest), "rows": rows, "log": log,
             "whole": agent.output, "code": code}
 
 

@@ -2355,9 +2355,10 @@ class DiskIoReader:
 
     def _is_base_disk(self, name: str) -> bool:
         """Tell whether nothing lies below a device: no dm-, md, loop, zram or ram disk."""
+        if name.startswith(("dm-", "md", "loop", "zram", "ram")):
+            return False
         slaves = self._folder(name, "slaves")
-        stacked = os.path.isdir(slaves) and bool(os.listdir(slaves))
-        return not stacked and not name.startswith(("dm-", "md", "loop", "zram", "ram"))
+        return not os.path.isdir(slaves) or not os.listdir(slaves)
 
 
 # linux/if_arp.h: TUNNEL, TUNNEL6, SIT, IPGRE, IP6GRE, and NONE for tun and WireGuard. The ports

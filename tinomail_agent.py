@@ -2484,10 +2484,11 @@ def parse_statm(statm: bytes) -> tuple[int, int]:
 
 
 class Identity(NamedTuple):
-    """The service that a process belongs to, and whether its unit alone says so."""
+    """The service that a process belongs to, and how that is known."""
 
     service: str | None
-    by_unit: bool = False
+    by_unit: bool = False  # by its unit alone
+    is_child: bool = False  # by a script that the service's main process alone starts
 
 
 NOBODY = Identity(None)
@@ -2656,7 +2657,7 @@ class ProcessTable:
         """
         ours = [known for known in looked if known.identity.service]
         own = {(k.identity.service, k.cgroup) for k in ours
-               if not k.identity.by_unit and not k.process.is_dead}
+               if k.identity == Identity(k.identity.service) and not k.process.is_dead}
         places = {k.cgroup for k in ours if k.identity.service in NODE_SERVICES}
         self._node_processes = sum(
             k.identity.service in NODE_SERVICES or NODE_COMM.match(k.process.comm) is not None
@@ -2868,7 +2869,7 @@ def identify(comm: str, cmdline: bytes, cgroup: str = "") -> Identity:
     script, arguments = script_of(args)
     service = first_match(SERVICE_SCRIPTS, os.path.normpath(script)) if script else None
     if service and not NOT_SERVING.intersection(arguments):
-        return Identity(service, by_unit=bool(unit and ZONEMTA_CHILD.fullmatch(script)))
+        return Identity(service, is_child=ZONEMTA_CHILD.fullmatch(script) is not None)
     is_in_unit = unit and not service and UNIT_SCRIPT.fullmatch(script)
     return Identity(unit, by_unit=True) if is_in_unit else NOBODY
 

@@ -1141,6 +1141,7 @@ class _Batch:
 
     calls: Mapping[str, Callable[[], Any]]
     current: str = ""  # the call that the thread is in
+    begun: float = field(default_factory=time.monotonic)  # when it began with it
     results: dict[str, Any] = field(default_factory=dict)
     finished: threading.Event = field(default_factory=threading.Event)
     is_abandoned: bool = False
@@ -1214,7 +1215,7 @@ class Worker:
             for name, call in batch.calls.items():
                 if batch.is_abandoned:
                     return
-                batch.current = name
+                batch.current, batch.begun = name, time.monotonic()
                 try:
                     batch.results[name] = call()
                 except Exception as error:
@@ -1226,13 +1227,14 @@ class Worker:
     def _wait(self, batch: _Batch, deadline: float) -> bool:
         """Tell whether a batch finished: before the deadline, and with progress until then.
 
-        A call has half of the time that is left, so that the others have the rest.
+        A call has half of the time that is left as it begins, so that the others have the rest.
         """
         while (left := deadline - time.monotonic()) > 0:
-            before = batch.current
-            if batch.finished.wait(max(left / 2, self._limit_s / 8)):
+            begun = batch.begun
+            its_left = begun + (deadline - begun) / 2 - time.monotonic()
+            if batch.finished.wait(min(left, max(its_left, self._limit_s / 8))):
                 return True
-            if batch.current == before != "":
+            if batch.current and batch.begun == begun:
                 return False
         return batch.finished.is_set()
 
@@ -2532,9 +2534,10 @@ class DiskIoReader:
 
     def _is_base_disk(self, name: str) -> bool:
         """Tell whether nothing lies below a device: no dm-, md, loop, zram or ram disk."""
+        if name.startswith(("dm-", "md", "loop", "zram", "ram")):
+            return False
         slaves = self._folder(name, "slaves")
-        stacked = os.path.isdir(slaves) and bool(os.listdir(slaves))
-        return not stacked and not name.startswith(("dm-", "md", "loop", "zram", "ram"))
+        return not os.path.isdir(slaves) or not os.listdir(slaves)
 
 
 # linux/if_arp.h: TUNNEL, TUNNEL6, SIT, IPGRE, IP6GRE, and NONE for tun and WireGuard. The ports
@@ -2660,10 +2663,11 @@ def parse_statm(statm: bytes) -> tuple[int, int]:
 
 
 class Identity(NamedTuple):
-    """The service that a process belongs to, and whether its unit alone says so."""
+    """The service that a process belongs to, and how that is known."""
 
     service: str | None
-    by_unit: bool = False
+    by_unit: bool = False  # by its unit alone
+    is_child: bool = False  # by a script that the service's main process alone starts
 
 
 NOBODY = Identity(None)
@@ -2832,7 +2836,7 @@ class ProcessTable:
         """
         ours = [known for known in looked if known.identity.service]
         own = {(k.identity.service, k.cgroup) for k in ours
-               if not k.identity.by_unit and not k.process.is_dead}
+               if k.identity == Identity(k.identity.service) and not k.process.is_dead}
         places = {k.cgroup for k in ours if k.identity.service in NODE_SERVICES}
         self._node_processes = sum(
             k.identity.service in NODE_SERVICES or NODE_COMM.match(k.process.comm) is not None
@@ -3044,7 +3048,7 @@ def identify(comm: str, cmdline: bytes, cgroup: str = "") -> Identity:
     script, arguments = script_of(args)
     service = first_match(SERVICE_SCRIPTS, os.path.normpath(script)) if script else None
     if service and not NOT_SERVING.intersection(arguments):
-        return Identity(service, by_unit=bool(unit and ZONEMTA_CHILD.fullmatch(script)))
+        return Identity(service, is_child=ZONEMTA_CHILD.fullmatch(script) is not None)
     is_in_unit = unit and not service and UNIT_SCRIPT.fullmatch(script)
     return Identity(unit, by_unit=True) if is_in_unit else NOBODY
 

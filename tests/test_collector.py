@@ -190,7 +190,10 @@ def test_the_children_of_a_zonemta_that_bears_another_name(
     proc.add(70, "relay: master p", b"relay: master process\0\0", cgroup=unit)
     proc.add(71, "node", b"node\0/opt/zone-mta/services/sender.js\0", cgroup=unit, ppid=70)
     found = table.read()["zonemta"]
-    assert (found["status"], found["pid"]) == ("running", 70)
+    assert (found["status"], found["pid"], found["memory_mb"]) == ("running", 70, 2.0)
+    proc.add(70, "zone-mta: maste", b"zone-mta: master process\0\0", cgroup=unit)
+    found = table.read()["zonemta"]
+    assert (found["status"], found["pid"], found["memory_mb"]) == ("running", 70, 2.0)
 
 
 def test_a_new_process_with_an_old_pid_brings_no_absurd_rate(

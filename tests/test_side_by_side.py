@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import inspect
 import json
 import logging
 import mmap
@@ -89,13 +90,14 @@ NAMESPACES = (
 
 
 def inside(scene: Scene, **arguments: Any) -> dict[str, Any]:
-    """Play a scene of this file in namespaces of its own; return what it returns."""
+    """Play a scene of a file in namespaces of its own; return what it returns."""
     need("unshare")
     if subprocess.run([*NAMESPACES, "true"], capture_output=True).returncode:
         lacking("root, with the right to make namespaces")
     done = subprocess.run(
-        [*NAMESPACES, sys.executable, __file__, scene.__name__, json.dumps(arguments)],
-        capture_output=True, text=True, timeout=90,
+        [*NAMESPACES, sys.executable, inspect.getfile(scene), scene.__name__,
+         json.dumps(arguments)],
+        capture_output=True, text=True, timeout=240,
         env={**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUTF8": "1"},
     )
     assert done.returncode == 0, done.stderr

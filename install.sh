@@ -306,7 +306,7 @@ LAUNCHER
 # Runs a Python program with the new agent at hand.
 with_agent() {
     env -i PATH="$PATH" PYTHONNOUSERSITE=1 PYTHONPATH="$new:$new/lib" PYTHONDONTWRITEBYTECODE=1 \
-        "$(new_python)" "$@" 9>&-
+        PYTHONUNBUFFERED=1 "$(new_python)" "$@" 9>&-
 }
 new_python() { if [ -d "$new/venv" ]; then echo "$new/venv/bin/python"; else echo "$python"; fi; }
 

@@ -392,7 +392,7 @@ class Collector:
         network = NetworkReader(sys_root, config.net_interfaces, clock, missing)
         return {
             "cpu": CpuReader(proc, clock).read,
-            "memory": read_memory,
+            "memory": functools.partial(read_memory, proc),
             "disks": disks.read,
             "disk_io": DiskIoReader(proc, sys_root, clock).read,
             "network": network.read,
@@ -400,6 +400,9 @@ class Collector:
             "tcp_connections": TcpCounter(proc, missing, count_tcp).read,
             "open_files": functools.partial(read_open_files, proc),
             "uptime": functools.partial(read_uptime, proc),
+            "pressure": PressureReader(proc, clock).read,
+            "oom_kills": functools.partial(read_oom_kills, proc),
+            "listen_overflows": functools.partial(read_listen_overflows, proc),
         }
 
     @property
@@ -411,7 +414,7 @@ class Collector:
 
     def prime(self) -> None:
         """Take a first reading of every counter, so that the next one has rates."""
-        rates = [self.readers[name] for name in ("cpu", "disk_io", "network")]
+        rates = [self.readers[name] for name in ("cpu", "disk_io", "network", "pressure")]
         for reader in (self._processes.read, *rates):
             with contextlib.suppress(*READ_ERRORS):  # the first sample will tell
                 reader()
@@ -425,6 +428,7 @@ class Collector:
         body: dict[str, Any] = {"timestamp": iso_utc(taken), "system": system}
         for part, name, reader in (
             ("processes", "processes", self._read_processes),
+            ("accept_queue", "accept_queue", self._read_accept_queues),
             ("services", "services", self._check_ports),
             ("zonemta", "ZoneMTA's figures (ZONEMTA_URL)", self._read_zonemta),
         ):
@@ -480,12 +484,15 @@ class Collector:
         self._runs_zonemta = processes.get("zonemta", {}).get("status") == "running"
         return processes
 
+    def _ports(self) -> tuple[int, ...]:
+        role = self._config.node_role
+        return self._config.check_ports or ports_of(role, self._residents.services())
+
+    def _read_accept_queues(self) -> dict[str, Any]:
+        return {f"port_{port}": queued for port, queued in accept_queues(self._ports()).items()}
+
     def _check_ports(self) -> dict[str, Any]:
-        config = self._config
-        ports = config.check_ports or ports_of(config.node_role, self._residents.services())
-        is_listen = config.check_mode == "listen"
-        check: PortCheck = check_by_listener if is_listen else check_by_connect
-        found = check(config.check_host, ports)
+        found = PORT_CHECKS[self._config.check_mode](self._config.check_host, self._ports())
         return {f"port_{port}": is_open for port, is_open in found.items()}
 
     def _read_zonemta(self) -> dict[str, Any]:
@@ -2156,7 +2163,6 @@ def read_sample(seq: int, packed: bytes) -> Sample | None:
     return Sample(seq, body["role"], packed) if is_sample else None
 
 
-
 def pack(sample: Mapping[str, Any]) -> bytes:
     return zlib.compress(json.dumps(sample, separators=(",", ":"), allow_nan=False).encode())
 
@@ -2182,6 +2188,16 @@ Growth = tuple[float, list[float]]  # seconds, and by how much each counter grew
 def read_bytes(path: str, limit: int = -1) -> bytes:
     with open(path, "rb", buffering=0) as stream:
         return stream.read(limit) or b""
+
+
+def read_feature(path: str) -> bytes:
+    """Read a file that not every kernel has; b"" if this one has not."""
+    try:
+        return read_bytes(path)
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.EOPNOTSUPP):  # the latter: there, but switched off
+            return b""
+        raise
 
 
 def _reason(error: BaseException) -> str:
@@ -2256,6 +2272,7 @@ def own_rss_bytes() -> int:
 # The columns of /proc/stat (proc_stat(5)): user, nice, system, idle, iowait, irq, softirq, steal.
 # `guest` and `guest_nice`, behind them, are inside `user` and `nice` already.
 CPU_COLUMNS, CPU_IDLE = 8, (3, 4)
+CPU_SHARES = {"cpu_iowait_percent": 4, "cpu_steal_percent": 7}
 
 
 def parse_cpu_ticks(data: bytes) -> dict[int, list[int]]:
@@ -2265,7 +2282,7 @@ def parse_cpu_ticks(data: bytes) -> dict[int, list[int]]:
 
 
 class CpuReader:
-    """Reads the busy share of all cores together, and of each; iowait is idle time."""
+    """Reads the busy share of all cores together (with CPU_SHARES), and of each; iowait is idle."""
 
     def __init__(self, proc: str, clock: Callable[[], float]) -> None:
         self._proc = proc
@@ -2279,18 +2296,25 @@ class CpuReader:
         busy = {core: whole[core] - idle[core] for core in spent}
         shares = {core: percent(busy[core], whole[core]) for core in spent}
         rows = [{"core": core, "percent": p} for core, p in shares.items() if p is not None]
-        total = percent(sum(busy.values()), sum(whole.values()))
-        return {"cpu_percent": total, "cpu_cores": rows or None}
+        total = sum(whole.values())
+        others = {name: percent(sum(ticks[column] for ticks in spent.values()), total)
+                  for name, column in CPU_SHARES.items()}
+        return {"cpu_percent": percent(sum(busy.values()), total), "cpu_cores": rows or None,
+                **others}
 
 
-def read_memory() -> dict[str, Any]:
-    memory = psutil.virtual_memory()
-    used = max(0, memory.total - memory.available)
-    return {
-        "ram_used_percent": percent(used, memory.total),
-        "ram_used_bytes": used,
-        "ram_total_bytes": memory.total,
+def read_memory(proc: str) -> dict[str, Any]:
+    rows = re.findall(rb"^(\w+): *(\d+) kB$", read_bytes(f"{proc}/meminfo"), re.MULTILINE)
+    sizes = {name: int(kib) * 1024 for name, kib in rows}
+    total, swap_total = sizes[b"MemTotal"], sizes.get(b"SwapTotal")
+    used = max(0, total - sizes[b"MemAvailable"])
+    found = {
+        "ram_used_percent": percent(used, total), "ram_used_bytes": used, "ram_total_bytes": total,
     }
+    if swap_total is not None:  # not every kernel has swap
+        found["swap_used_bytes"] = max(0, swap_total - sizes[b"SwapFree"])
+        found["swap_total_bytes"] = swap_total
+    return found
 
 
 # LXC mounts files with a container's own load and uptime over these; the system calls that
@@ -2305,6 +2329,30 @@ def read_uptime(proc: str) -> dict[str, Any]:
 
 def read_open_files(proc: str) -> dict[str, Any]:
     return {"open_files": int(read_bytes(f"{proc}/sys/fs/file-nr").split()[0])}
+
+
+def read_oom_kills(proc: str) -> dict[str, Any]:
+    _, found, rest = read_feature(f"{proc}/vmstat").partition(b"\noom_kill ")  # Linux 4.13
+    return {"oom_kills": int(rest.split(b"\n", 1)[0])} if found else {}
+
+
+class PressureReader:
+    """Reads the share of time in which some task waited (Documentation/accounting/psi.rst)."""
+
+    def __init__(self, proc: str, clock: Callable[[], float]) -> None:
+        self._folder = f"{proc}/pressure"
+        self._meter = Meter(clock)
+
+    def read(self) -> dict[str, Any]:
+        waited_us = {
+            name: [int(total) for total in re.findall(rb"^some .*total=(\d+)", text)]
+            for name in ("cpu", "memory", "io")
+            if (text := read_feature(f"{self._folder}/{name}"))
+        }
+        shares = {name: percent(growth[1][0], growth[0] * 1e6)
+                  for name, growth in self._meter.growth(waited_us).items()
+                  if growth and growth[0] > 0}
+        return {"pressure": shares or None} if waited_us else {}
 
 
 # --- disks and networks ------------------------------------------------------------------
@@ -2340,6 +2388,9 @@ NETWORK_FSTYPES = frozenset(
 )
 UNWATCHED_PATHS = re.compile(r"/(boot|efi)(/|$)|(?s:.*)//deleted$")
 LOOP_MAJOR = "7:"  # Documentation/admin-guide/devices.txt
+# Options of a superblock; the latter of ext4 after an error, since Linux 6.15. The flags of a mount
+# do not tell: for a service with ProtectSystem= all are read-only.
+READ_ONLY = {"ro", "emergency_ro"}
 
 
 def parse_mountinfo(data: bytes) -> list[Mount]:
@@ -2483,7 +2534,11 @@ def read_disk(candidates: Iterable[Mount]) -> dict[str, Any] | None:
         if share is None or (fs.f_bfree == 0 and "ro" in mount.options):
             return None
         free = fs.f_bavail * fs.f_frsize
-        return {"mount": _printable(mount.path), "used_percent": share, "free_bytes": free}
+        row = {"mount": _printable(mount.path), "used_percent": share, "free_bytes": free,
+               "read_only": not READ_ONLY.isdisjoint(mount.options)}
+        if fs.f_files:  # btrfs and FAT have no table of inodes
+            row["inodes_used_percent"] = percent(fs.f_files - fs.f_ffree, fs.f_files)
+        return row
     raise problem or FileNotFoundError
 
 
@@ -2729,7 +2784,7 @@ class ProcessTable:
         self._read_at = clock()
 
     def read(self) -> dict[str, dict[str, Any]]:
-        """Return service -> {status, pid, memory_mb (MiB), cpu_percent (of one core)}.
+        """Return service -> {status, pid, memory_mb (MiB), cpu_percent (of one core), ...}.
 
         Raises PermissionError when /proc shows only our own processes (hidepid).
         """
@@ -2872,6 +2927,7 @@ class ProcessTable:
             "pid": main.pid,
             "memory_mb": round(self._memory_kib(its) / 1024, 1),
             "cpu_percent": round(100 * used / CLOCK_TICKS, 1),
+            "uptime_seconds": max(0, int(age_s(main))),
         }
 
     def _memory_kib(self, its: list[Known]) -> int:
@@ -3226,8 +3282,18 @@ def parse_time_wait(sockstat: bytes) -> int:
 
 def parse_curr_estab(snmp: bytes) -> int:
     """Return CurrEstab of /proc/net/snmp, which counts both address families."""
-    names, values = (line.split() for line in snmp.splitlines() if line.startswith(b"Tcp:"))
-    return int(values[names.index(b"CurrEstab")])
+    return parse_mib(snmp, b"Tcp:", b"CurrEstab")
+
+
+def parse_mib(data: bytes, table: bytes, name: bytes) -> int:
+    """Return a value of /proc/net/snmp or netstat: a line of names, and one of values below it."""
+    names, values = (line.split() for line in data.splitlines() if line.startswith(table))
+    return int(values[names.index(name)])
+
+
+def read_listen_overflows(proc: str) -> dict[str, Any]:
+    data, name = read_feature(f"{proc}/net/netstat"), b"ListenOverflows"
+    return {"listen_overflows": parse_mib(data, b"TcpExt:", name)} if name in data else {}
 
 
 def check_by_connect(
@@ -3330,6 +3396,17 @@ def check_by_listener(host: str, ports: Iterable[int], proc: str = "/proc") -> d
     wanted = socket.inet_pton(socket.AF_INET6 if ":" in host else socket.AF_INET, host)
     up = {one.port for one in listeners(proc) if one.queued <= one.limit and one.serves(wanted)}
     return {port: port in up for port in ports}
+
+
+PORT_CHECKS: dict[str, PortCheck] = {"connect": check_by_connect, "listen": check_by_listener}
+
+
+def accept_queues(ports: Iterable[int], proc: str = "/proc") -> dict[int, int]:
+    """Return port -> connections that its listeners here have not accepted, if it has any."""
+    waiting: Counter[int] = Counter()
+    for one in listeners(proc):
+        waiting[one.port] += one.queued
+    return {port: waiting[port] for port in ports if port in waiting}
 
 
 # --- what runs here ----------------------------------------------------------------------
@@ -4096,42 +4173,56 @@ def describe_setting(setting: Setting, config: Config) -> str:
     return "auto" if value is None else str(value) or "(default)"
 
 
+# What --check shows of `system`: what it says is missing, and what a kernel may lack.
+SYSTEM_LINES = (
+    "cpu         {cpu_percent} %, load {load_avg[0]} {load_avg[1]} {load_avg[2]}",
+    "memory      {ram_used_mib:.0f} of {ram_total_mib:.0f} MiB, {ram_used_percent} %",
+    "disk-io     {disk_read_bytes_sec} bytes/s read, {disk_write_bytes_sec} written",
+    "network     {net_rx_bytes_sec} bytes/s in, {net_tx_bytes_sec} out, "
+    "errors {net_rx_errors} in, {net_tx_errors} out",
+    "tcp         {tcp_established} established, {tcp_time_wait} time-wait, "
+    "{tcp_close_wait} close-wait",
+    "files       {open_files} open; up for {uptime_seconds} s",
+)
+FEATURE_LINES = (
+    "swap        {swap_used_mib:.0f} of {swap_total_mib:.0f} MiB",
+    "cpu waits   {cpu_iowait_percent} % for disks, {cpu_steal_percent} % for the hypervisor",
+    "pressure    tasks waited for cpu {pressure[cpu]} %, for memory {pressure[memory]} %, "
+    "for io {pressure[io]} % of the time",
+    "since boot  {oom_kills} OOM kills, {listen_overflows} connections met a full accept queue",
+)
+
+
 def describe_sample(sample: Mapping[str, Any]) -> list[str]:
     """Say a neutral sample in words, a line per topic; what is missing is said."""
-    system = sample["system"]
-
-    def show(text: str) -> str:
+    system = dict(sample["system"])
+    system |= {k.replace("bytes", "mib"): system[k] / MIB for k in system if k.endswith("bytes")}
+    lines = []
+    for text in (*SYSTEM_LINES, *FEATURE_LINES):
         try:
-            return text.format(**system)
+            lines.append(text.format(**system))
         except (LookupError, ValueError):
-            return text.split(" ", 1)[0] + " could not be read"
-
-    mib = {k: system[k] / MIB for k in ("ram_used_bytes", "ram_total_bytes") if k in system}
-    system = {**system, **{k.replace("bytes", "mib"): v for k, v in mib.items()}}
-    lines = [
-        show("cpu         {cpu_percent} %, load {load_avg[0]} {load_avg[1]} {load_avg[2]}"),
-        show("memory      {ram_used_mib:.0f} of {ram_total_mib:.0f} MiB, {ram_used_percent} %"),
-        show("disk-io     {disk_read_bytes_sec} bytes/s read, {disk_write_bytes_sec} written"),
-        show("network     {net_rx_bytes_sec} bytes/s in, {net_tx_bytes_sec} out, "
-             "errors {net_rx_errors} in, {net_tx_errors} out"),
-        show("tcp         {tcp_established} established, {tcp_time_wait} time-wait, "
-             "{tcp_close_wait} close-wait"),
-        show("files       {open_files} open; up for {uptime_seconds} s"),
-    ]
+            if text in SYSTEM_LINES:
+                lines.append(text.split(" ", 1)[0] + " could not be read")
     for row in system.get("disks", ()):
-        gib = row["free_bytes"] / MIB / 1024
-        lines.append(f"disk        {row['mount']}: {row['used_percent']} %, {gib:.1f} GiB free")
+        facts = [f"{row['used_percent']} %", f"{row['free_bytes'] / MIB / 1024:.1f} GiB free"]
+        if "inodes_used_percent" in row:
+            facts.append(f"{row['inodes_used_percent']} % of its inodes")
+        facts += ["READ-ONLY"] * row["read_only"]
+        lines.append(f"disk        {row['mount']}: {', '.join(facts)}")
     for name, p in sample.get("processes", {}).items():
         line = f"{name:<11} {p['status'].replace('_', ' ')}"
         if p["pid"]:
-            line += f", pid {p['pid']}, {p['memory_mb']} MiB, {p['cpu_percent']} % CPU"
+            line += (f", pid {p['pid']}, {p['memory_mb']} MiB, {p['cpu_percent']} % CPU, "
+                     f"up for {p['uptime_seconds']} s")
         lines.append(line)
     if "zonemta" in sample:
         figures = (f"{value} {name.replace('_total', '')}"
                    for name, value in sample["zonemta"].items())
         lines.append(f"mail queue  {', '.join(figures)}")
-    states = {True: "up", False: "down"}
-    ports = [f"{name[5:]} {states[up]}" for name, up in sample.get("services", {}).items()]
+    states, queued = {True: "up", False: "down"}, sample.get("accept_queue", {})
+    ports = [f"{name[5:]} {states[up]}" + (f" ({queued[name]} not accepted)" if queued.get(name)
+             else "") for name, up in sample.get("services", {}).items()]
     return [*lines, f"ports       {', '.join(ports) or 'could not be checked'}"]
 
 

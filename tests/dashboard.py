@@ -143,17 +143,22 @@ def timestamp(value: Any) -> str:
     return ""
 
 
+UPTIME_MAX_S = 30 * 365 * 86400  # more is a mistake in the unit, or in the base
+
+
 def process(value: Any) -> str:
     bad = record({
         "status": text("running|stopped|not_found"),
         "pid": lambda v: "" if v is None else whole(1)(v),
         "memory_mb": number(0),
         "cpu_percent": number(0),
-    })(value)
+    }, {"uptime_seconds": whole(0, UPTIME_MAX_S)})(value)
     if bad:
         return bad
     if (value["status"] == "not_found") != (value["pid"] is None):
         return "has a status that does not go with its pid"
+    if value["pid"] is None and "uptime_seconds" in value:
+        return "has the uptime of no process"
     return ""
 
 
@@ -180,7 +185,17 @@ SYSTEM: dict[str, Check] = {
     "tcp_close_wait": COUNT,
     "open_files": COUNT,
     "uptime_seconds": COUNT,
-    "disks": list_of(record({"mount": text("/.*"), "used_percent": PERCENT, "free_bytes": COUNT})),
+    "disks": list_of(record(
+        {"mount": text("/.*"), "used_percent": PERCENT, "free_bytes": COUNT},
+        {"inodes_used_percent": PERCENT, "read_only": boolean},
+    )),
+    "cpu_steal_percent": PERCENT,
+    "cpu_iowait_percent": PERCENT,
+    "swap_used_bytes": COUNT,
+    "swap_total_bytes": COUNT,
+    "pressure": record({}, {"cpu": PERCENT, "memory": PERCENT, "io": PERCENT}),
+    "oom_kills": COUNT,
+    "listen_overflows": COUNT,
 }
 AGENT: dict[str, Check] = {
     "version": text(r"\d+\.\d+\.\d+.*"),
@@ -207,6 +222,7 @@ SAMPLE = record(
     {
         "processes": mapping(r"[a-z0-9][a-z0-9_.-]*", process),
         "services": mapping(r"port_\d{1,5}", boolean),
+        "accept_queue": mapping(r"port_\d{1,5}", COUNT),
         "zonemta": record({}, ZONEMTA),
         "agent": record({}, AGENT),
     },
@@ -517,7 +533,7 @@ class Dashboard(ThreadingHTTPServer):
             "CREATE TABLE IF NOT EXISTS nodes (node_id TEXT PRIMARY KEY, hostname TEXT, ip TEXT,"
             " role TEXT, version TEXT, registrations INTEGER, metadata TEXT, last_seen TEXT);"
             f"CREATE TABLE IF NOT EXISTS metrics_system (node_id TEXT, timestamp TEXT, {columns},"
-            " processes, services, zonemta, agent, role TEXT"
+            " processes, services, accept_queue, zonemta, agent, role TEXT"
             + (", PRIMARY KEY (node_id, timestamp));" if api == "v1" else ");")
             + "CREATE TABLE IF NOT EXISTS metrics_zonemta (node_id TEXT, timestamp TEXT,"
             f" {', '.join(MONITOR_ZONEMTA)});"
@@ -812,7 +828,8 @@ class Dashboard(ThreadingHTTPServer):
         row: dict[str, Any] = {"node_id": sample["node_id"], "timestamp": sample["timestamp"]}
         row["role"] = ""  # the other dialect's samples have one
         row |= {name: sample["system"].get(name) for name in SYSTEM}
-        row |= {name: sample.get(name) for name in ("processes", "services", "zonemta", "agent")}
+        parts = ("processes", "services", "accept_queue", "zonemta", "agent")
+        row |= {name: sample.get(name) for name in parts}
         values = {k: json.dumps(v) if isinstance(v, (dict, list)) else v for k, v in row.items()}
         names = ", ".join(values)
         places = ", ".join(f":{name}" for name in values)

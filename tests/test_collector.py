@@ -100,6 +100,8 @@ def test_all_processes_of_a_service_count(proc: FakeProc, clock: FakeClock) -> N
     clock.advance(2)
     add(10 + agent.CLOCK_TICKS // 10)  # 0.1, 0.2 and 0.3 s more in 2 s: 30 % of a core
     found = table.read()
+    age = time.clock_gettime(time.CLOCK_BOOTTIME) - 500 / agent.CLOCK_TICKS
+    assert found["rspamd"].pop("uptime_seconds") == pytest.approx(age, abs=60)
     assert found["rspamd"] == {
         "status": "running", "pid": 50, "cpu_percent": 30.0,
         # 2 of the first, what the forked ones have more, and what the largest has of files but
@@ -622,7 +624,6 @@ def test_a_first_sample_without_a_first_reading_has_no_rates() -> None:
 @pytest.mark.parametrize(
     ("function", "gone"),
     [
-        ("virtual_memory", {"ram_used_percent", "ram_used_bytes", "ram_total_bytes"}),
         ("net_io_counters", {"net_rx_bytes_sec", "net_tx_bytes_sec", "net_rx_errors",
                              "net_tx_errors"}),
     ],
@@ -656,8 +657,10 @@ def test_a_metric_that_fails_is_left_out_said_once_and_counted(
     ("missing", "gone"),
     [
         ("net/sockstat", {"tcp_time_wait"}),
-        ("net", {"tcp_established", "tcp_close_wait", "tcp_time_wait"}),
-        ("stat", {"cpu_percent", "cpu_cores"}),
+        ("net", {"tcp_established", "tcp_close_wait", "tcp_time_wait", "listen_overflows"}),
+        ("meminfo", {"ram_used_percent", "ram_used_bytes", "ram_total_bytes", "swap_used_bytes",
+                     "swap_total_bytes"}),
+        ("stat", {"cpu_percent", "cpu_cores", "cpu_iowait_percent", "cpu_steal_percent"}),
         ("loadavg", {"load_avg"}),
         ("uptime", {"uptime_seconds"}),
         ("sys/fs/file-nr", {"open_files"}),
@@ -670,7 +673,7 @@ def test_a_proc_that_lacks_a_file(
 ) -> None:
     """A container may lack any of them: a sample all the same, and a line that says which."""
     proc = tmp_path / "proc"
-    for name in ("1", "self", "net", "sys", "diskstats", "stat", "loadavg", "uptime"):
+    for name in ("1", "self", "net", "sys", "diskstats", "stat", "loadavg", "uptime", "meminfo"):
         (proc / name).parent.mkdir(exist_ok=True)
         (proc / name).symlink_to(f"/proc/{name}")
     collector = agent.Collector(make_config(check_ports="1"), proc=str(proc))

@@ -406,8 +406,8 @@ def test_the_fullest_disk_is_the_one_reported(monkeypatch: pytest.MonkeyPatch) -
         "disk_used_percent": 94.7,  # 900 of 950
         "disk_free_bytes": 50 * 4096,
         "disks": [
-            {"mount": "/tank", "used_percent": 94.7, "free_bytes": 50 * 4096},
-            {"mount": "/", "used_percent": 55.6, "free_bytes": 400 * 4096},
+            {"mount": "/tank", "used_percent": 94.7, "free_bytes": 50 * 4096, "read_only": False},
+            {"mount": "/", "used_percent": 55.6, "free_bytes": 400 * 4096, "read_only": False},
         ],
     }
 

@@ -113,6 +113,22 @@ def deaf_port() -> Iterator[int]:
             client.close()
 
 
+@pytest.fixture(autouse=True)
+def transports_are_closed(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Close each Transport at the end of its test: the agent has one, for all its life."""
+    made: list[agent.Transport] = []
+    init = agent.Transport.__init__
+
+    def init_and_note(self: agent.Transport, *args: Any, **named: Any) -> None:
+        made.append(self)
+        init(self, *args, **named)
+
+    monkeypatch.setattr(agent.Transport, "__init__", init_and_note)
+    yield
+    for transport in made:
+        transport.disconnect()
+
+
 StartAgent = Callable[..., AgentProcess]
 
 # An agent whose times are a fraction of the real ones, so that an outage lasts seconds.

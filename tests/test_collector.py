@@ -168,6 +168,34 @@ def test_threads_that_outlive_the_main_one(proc: FakeProc, clock: FakeClock) -> 
     assert make_table(proc, clock).read()["mongodb"]["status"] == "running"
 
 
+MAIN_THREAD_ENDS = """
+import ctypes, threading, time
+open("/proc/self/comm", "w").write("mongod")
+block = bytearray(40 << 20)
+threading.Thread(target=time.sleep, args=(300,)).start()
+ctypes.CDLL(None).pthread_exit(None)
+"""
+
+
+def test_a_real_process_whose_main_thread_has_ended() -> None:
+    """It reads as a zombie without command line and memory; its other threads run on."""
+    process = subprocess.Popen([sys.executable, "-c", MAIN_THREAD_ENDS])
+    try:
+        stat = Path(f"/proc/{process.pid}/stat")
+        eventually(lambda: b") Z " in stat.read_bytes(), 60)
+        table = agent.Collector(make_config())._processes
+        everything = table._list  # others of this name may run on this machine
+        table._list = lambda: [  # type: ignore[method-assign]
+            entry for entry in everything() if entry[0] == process.pid
+        ]
+        found = table.read()["mongodb"]
+        assert (found["status"], found["pid"]) == ("running", process.pid)
+        assert found["memory_mb"] > 40
+    finally:
+        process.kill()
+        process.wait()
+
+
 def test_a_helper_beside_the_daemon_is_none(proc: FakeProc, clock: FakeClock) -> None:
     """The unit tells of a bare script, unless a process in it is the daemon by its own title."""
     unit = "0::/system.slice/wildduck.service\n"

@@ -170,7 +170,7 @@ class Agent:
         transport = Transport(config.dashboard_url, config.ca_bundle)
         self._sender = Sender(config, self._buffer, transport)
         self._collector = Collector(
-            config, agent_figures=self._figures, residents=Residents(folder)
+            config, agent_figures=self._figures, seen=ServicesSeen(folder)
         )
         self._collector_due = math.inf  # by then the collector has made progress, if it is well
         self._clock_problem = Problems()  # of the collector thread
@@ -362,14 +362,14 @@ class Collector:
         clock: Callable[[], float] = time.monotonic,
         now: Callable[[], float] = time.time,
         agent_figures: Callable[[], dict[str, Any]] = dict,
-        residents: Residents | None = None,
+        seen: ServicesSeen | None = None,
     ) -> None:
-        """residents: the services that are at home on this node."""
+        """seen: the services that are at home on this node."""
         self._config = config
         self._clock = clock
         self._now = now
         self._agent_figures = agent_figures
-        self._residents = residents or Residents(clock=clock)
+        self._seen = seen or ServicesSeen(clock=clock)
         self._problems = Problems()
         self._unread: set[str] = set()  # the metrics that are missing in this sample,
         self._was_unread: set[str] = set()  # and in the one before
@@ -408,7 +408,7 @@ class Collector:
     @property
     def role(self) -> str:
         is_auto = self._config.node_role == "auto"
-        return self._residents.role() if is_auto else self._config.node_role
+        return self._seen.role() if is_auto else self._config.node_role
 
     # - one sample
 
@@ -480,13 +480,13 @@ class Collector:
 
     def _read_processes(self) -> dict[str, Any]:
         processes = self._processes.read()
-        self._residents.update({s: p["status"] == "running" for s, p in processes.items()})
+        self._seen.update({s: p["status"] == "running" for s, p in processes.items()})
         self._runs_zonemta = processes.get("zonemta", {}).get("status") == "running"
         return processes
 
     def _ports(self) -> tuple[int, ...]:
         role = self._config.node_role
-        return self._config.check_ports or ports_of(role, self._residents.services())
+        return self._config.check_ports or ports_of(role, self._seen.services())
 
     def _read_accept_queues(self) -> dict[str, Any]:
         return {f"port_{port}": queued for port, queued in accept_queues(self._ports()).items()}
@@ -3445,7 +3445,7 @@ def ports_of(role: str, services: Iterable[str]) -> tuple[int, ...]:
     return tuple(dict.fromkeys(ports)) or MAIL_PORTS
 
 
-class Residents:
+class ServicesSeen:
     """The services that are at home on this node, by what ran in the samples.
 
     A service moves in once it has run for 10 minutes, and in the agent's first 10 minutes with
@@ -3469,7 +3469,7 @@ class Residents:
         self._at_once = at_once
         self._started = self._updated = self._saved = clock()
         self._running: dict[str, tuple[float, int]] = {}  # since when, in how many samples
-        self._absent: dict[str, float] = {}  # the residents; seconds
+        self._absent: dict[str, float] = {}  # the seen; seconds
         self._is_loaded, self._is_unsaved = not folder, False
         self._problems = Problems()
         self._worker = Worker(HANG_LIMIT_S, self._problems)
@@ -4089,7 +4089,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def take_sample(config: Config) -> tuple[Sample, dict[str, float]]:
     """Take one sample with real rates, in the role of what runs now; return its cost too."""
-    collector = Collector(config, residents=Residents(at_once=True))
+    collector = Collector(config, seen=ServicesSeen(at_once=True))
     collector.prime()
     time.sleep(PRIME_S)
     wall, cpu = time.monotonic(), time.process_time()

@@ -483,40 +483,40 @@ def running(*names: str) -> dict[str, bool]:
     return {name: name in names for name in agent.SERVICES}
 
 
-def beat(residents: agent.Residents, clock: FakeClock, count: int, *names: str) -> str:
+def beat(seen: agent.ServicesSeen, clock: FakeClock, count: int, *names: str) -> str:
     """Let so many samples pass in which these services run; return the role."""
     for _ in range(count):
         clock.advance(15)
-        residents.update(running(*names))
-    return residents.role()
+        seen.update(running(*names))
+    return seen.role()
 
 
 def test_the_role_is_the_first_of_what_is_at_home(clock: FakeClock) -> None:
-    residents = agent.Residents(clock=clock.monotonic)
-    assert beat(residents, clock, 2, "redis", "wildduck") == "unknown"
-    assert beat(residents, clock, 1, "redis") == "redis"  # three in a row; WildDuck had two
-    assert beat(residents, clock, 3, "rspamd") == "rspamd"  # redis is only restarting
-    assert residents.services() == ["rspamd", "redis"]
-    assert beat(residents, clock, 3, "zonemta", "wildduck", "haraka") == "zonemta-outbound"
+    seen = agent.ServicesSeen(clock=clock.monotonic)
+    assert beat(seen, clock, 2, "redis", "wildduck") == "unknown"
+    assert beat(seen, clock, 1, "redis") == "redis"  # three in a row; WildDuck had two
+    assert beat(seen, clock, 3, "rspamd") == "rspamd"  # redis is only restarting
+    assert seen.services() == ["rspamd", "redis"]
+    assert beat(seen, clock, 3, "zonemta", "wildduck", "haraka") == "zonemta-outbound"
 
 
 def test_after_ten_minutes_it_takes_ten_minutes(clock: FakeClock) -> None:
     """What any local user starts for a moment, under whatever name, changes nothing."""
-    residents = agent.Residents(clock=clock.monotonic)
-    assert beat(residents, clock, 40, "redis") == "redis"
-    assert beat(residents, clock, 39, "redis", "zonemta") == "redis"
-    assert beat(residents, clock, 1, "redis") == "redis"
-    assert beat(residents, clock, 40, "redis", "zonemta") == "redis"
-    assert beat(residents, clock, 1, "redis", "zonemta") == "zonemta-outbound"
+    seen = agent.ServicesSeen(clock=clock.monotonic)
+    assert beat(seen, clock, 40, "redis") == "redis"
+    assert beat(seen, clock, 39, "redis", "zonemta") == "redis"
+    assert beat(seen, clock, 1, "redis") == "redis"
+    assert beat(seen, clock, 40, "redis", "zonemta") == "redis"
+    assert beat(seen, clock, 1, "redis", "zonemta") == "zonemta-outbound"
 
 
 def test_what_is_absent_for_a_week_has_moved_out(clock: FakeClock, tmp_path: Path) -> None:
-    first = agent.Residents(str(tmp_path), clock=clock.monotonic)
+    first = agent.ServicesSeen(str(tmp_path), clock=clock.monotonic)
     assert beat(first, clock, 3, "wildduck", "redis") == "wildduck"
     assert json.loads((tmp_path / "services").read_text()) == {"wildduck": 0, "redis": 0}
     day = 24 * 240
     assert beat(first, clock, 5 * day, "redis") == "wildduck"
-    again = agent.Residents(str(tmp_path), clock=clock.monotonic)  # the agent's next run
+    again = agent.ServicesSeen(str(tmp_path), clock=clock.monotonic)  # the agent's next run
     assert beat(again, clock, 2 * day - 300, "redis") == "wildduck"
     assert beat(again, clock, 600, "redis") == "redis"
     assert json.loads((tmp_path / "services").read_text()) == {"redis": 0}
@@ -524,16 +524,16 @@ def test_what_is_absent_for_a_week_has_moved_out(clock: FakeClock, tmp_path: Pat
 
 def test_of_a_service_that_is_missing_in_a_sample_nothing_is_known(clock: FakeClock) -> None:
     """Its command line hangs: it is neither running nor absent."""
-    residents = agent.Residents(clock=clock.monotonic)
+    seen = agent.ServicesSeen(clock=clock.monotonic)
     for known in ({"redis": True}, {}, {"redis": True}, {}, {"redis": True}):
-        residents.update(known)
-    assert residents.role() == "redis"
+        seen.update(known)
+    assert seen.role() == "redis"
 
 
 def test_the_role_of_version_1_0_0_is_taken_over_once(clock: FakeClock, tmp_path: Path) -> None:
     (tmp_path / "role").write_text("wildduck\n")
-    residents = agent.Residents(str(tmp_path), clock=clock.monotonic)
-    assert beat(residents, clock, 1) == "wildduck"
+    seen = agent.ServicesSeen(str(tmp_path), clock=clock.monotonic)
+    assert beat(seen, clock, 1) == "wildduck"
     assert os.listdir(tmp_path) == ["services"]
 
 
@@ -543,9 +543,9 @@ def test_the_role_of_version_1_0_0_is_taken_over_once(clock: FakeClock, tmp_path
 )
 def test_a_damaged_file_is_no_news(text: str, clock: FakeClock, tmp_path: Path) -> None:
     (tmp_path / "services").write_text(text, "latin-1")
-    residents = agent.Residents(str(tmp_path), clock=clock.monotonic)
-    assert beat(residents, clock, 1) == "unknown"
-    assert beat(residents, clock, 3, "redis") == "redis"
+    seen = agent.ServicesSeen(str(tmp_path), clock=clock.monotonic)
+    assert beat(seen, clock, 1) == "unknown"
+    assert beat(seen, clock, 3, "redis") == "redis"
     assert json.loads((tmp_path / "services").read_text()) == {"redis": 0}
 
 
@@ -553,10 +553,10 @@ def test_a_disk_that_fails_costs_the_memory_alone(
     clock: FakeClock, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     folder = tmp_path / "gone"
-    residents = agent.Residents(str(folder), clock=clock.monotonic)
-    assert beat(residents, clock, 9, "redis") == "redis"
+    seen = agent.ServicesSeen(str(folder), clock=clock.monotonic)
+    assert beat(seen, clock, 9, "redis") == "redis"
     folder.mkdir()
-    beat(residents, clock, 1, "redis")
+    beat(seen, clock, 1, "redis")
     assert json.loads((folder / "services").read_text()) == {"redis": 0}
     said = [record.getMessage() for record in caplog.records]
     assert len(said) == 1
@@ -568,15 +568,15 @@ def test_a_disk_that_hangs_delays_one_sample(
 ) -> None:
     """What was remembered is read when the disk is back, and is not overwritten before."""
     os.mkfifo(tmp_path / "services")
-    residents = agent.Residents(str(tmp_path), clock=clock.monotonic)
-    assert beat(residents, clock, 1, "redis") == "unknown"
+    seen = agent.ServicesSeen(str(tmp_path), clock=clock.monotonic)
+    assert beat(seen, clock, 1, "redis") == "unknown"
     started = time.monotonic()
-    assert beat(residents, clock, 4, "redis") == "redis"
+    assert beat(seen, clock, 4, "redis") == "redis"
     assert time.monotonic() - started < agent.HANG_LIMIT_S
     stuck = (tmp_path / "services").rename(tmp_path / "stuck")
     (tmp_path / "services").write_text('{"rspamd": 5}')
     stuck.write_bytes(b"")
-    eventually(lambda: beat(residents, clock, 1, "redis") == "rspamd", 30)
+    eventually(lambda: beat(seen, clock, 1, "redis") == "rspamd", 30)
     said = [record.getMessage() for record in caplog.records]
     assert said[0] == "reading the services of the last run hangs" and len(said) == 1
 
@@ -617,8 +617,8 @@ def test_ports_follow_what_is_at_home(proc: FakeProc) -> None:
 
 def test_once_goes_by_what_runs_at_that_moment(proc: FakeProc) -> None:
     proc.add(5, "redis-server")
-    residents = agent.Residents(at_once=True)
-    collector = agent.Collector(make_config(), proc=str(proc.root), residents=residents)
+    seen = agent.ServicesSeen(at_once=True)
+    collector = agent.Collector(make_config(), proc=str(proc.root), seen=seen)
     sample = collector.collect()
     assert sample.role == "redis"
     assert list(agent.unpack(sample.packed)["services"]) == ["port_6379"]

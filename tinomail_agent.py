@@ -31,7 +31,7 @@ This file, from the top:
     processes                   the table of processes, their memory and CPU
     services                    which mail service a process belongs to
     sockets                     TCP counts and port checks
-    what runs here              the services at home on this node, its role and ports
+    what runs here              the services seen on this node, its role and ports
     ZoneMTA's own figures       its queue, from its HTTP API
     settings                    the table of settings, the env file
     logging                     lines for a terminal or the journal
@@ -364,7 +364,7 @@ class Collector:
         agent_figures: Callable[[], dict[str, Any]] = dict,
         seen: ServicesSeen | None = None,
     ) -> None:
-        """seen: the services that are at home on this node."""
+        """seen: the services seen on this node, in earlier runs too."""
         self._config = config
         self._clock = clock
         self._now = now
@@ -3446,14 +3446,14 @@ def ports_of(role: str, services: Iterable[str]) -> tuple[int, ...]:
 
 
 class ServicesSeen:
-    """The services that are at home on this node, by what ran in the samples.
+    """The services that count as seen on this node, by what ran in the samples.
 
-    A service moves in once it has run for 10 minutes, and in the agent's first 10 minutes with
-    the third sample in a row; it has moved out when it was absent for 7 days. What lives for a
-    moment, under whatever name, changes nothing.
+    A service counts as seen once it has run for 10 minutes (in the agent's first 10 minutes:
+    for three samples in a row), and no longer once it has been absent for 7 days. A process
+    that lives for a moment, under whatever name, changes nothing.
 
-    The file `services` holds {service: seconds of absence}. It is written when somebody moves,
-    and now and then while somebody is absent.
+    The file `services` holds {service: seconds of absence}. It is written when the services
+    change, and once an hour while one of them is absent.
     """
 
     SETTLED_S, SETTLED_SAMPLES, GONE_S = 600.0, 3, 7 * 86400.0
@@ -3463,19 +3463,19 @@ class ServicesSeen:
         self, folder: str = "", *, clock: Callable[[], float] = time.monotonic,
         at_once: bool = False,
     ) -> None:
-        """folder: STATE_DIRECTORY, "" for none; at_once: what runs now is at home."""
+        """folder: STATE_DIRECTORY, "" for none; at_once: what runs now counts as seen."""
         self._folder = folder
         self._clock = clock
         self._at_once = at_once
         self._started = self._updated = self._saved = clock()
         self._running: dict[str, tuple[float, int]] = {}  # since when, in how many samples
-        self._absent: dict[str, float] = {}  # the seen; seconds
+        self._absent: dict[str, float] = {}  # of each service that counts as seen; seconds
         self._is_loaded, self._is_unsaved = not folder, False
         self._problems = Problems()
         self._worker = Worker(HANG_LIMIT_S, self._problems)
 
     def role(self) -> str:
-        """Return the role that `auto` gives; "unknown" while nobody is at home."""
+        """Return the role that `auto` gives; "unknown" while no service counts as seen."""
         return next((SERVICE_ROLES[s] for s in SERVICE_ROLES if s in self._absent), "unknown")
 
     def services(self) -> list[str]:
@@ -3528,7 +3528,7 @@ class ServicesSeen:
         except FileNotFoundError:
             pass
         except (ValueError, TypeError, AttributeError, RecursionError):
-            return {}  # damaged: what runs moves in again
+            return {}  # damaged: what runs will be seen again
         with contextlib.suppress(FileNotFoundError):  # version 1.0.0 had the role alone
             role = read_bytes(f"{self._folder}/role", 100).decode("utf-8", "replace").strip()
             self._is_unsaved = True

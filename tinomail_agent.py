@@ -435,7 +435,7 @@ class Collector:
             if found := self._try(name, reader):
                 body[part] = found
         role = body["role"] = self.role
-        body["seen"] = self._residents.services()
+        body["seen"] = self._seen.services()
         own_memory = self._try("rss_bytes", lambda: {"rss_bytes": own_rss_bytes()})
         self._welcome_read()
         body["agent"] = {

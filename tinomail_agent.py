@@ -435,6 +435,7 @@ class Collector:
             if found := self._try(name, reader):
                 body[part] = found
         role = body["role"] = self.role
+        body["seen"] = self._seen.services()
         own_memory = self._try("rss_bytes", lambda: {"rss_bytes": own_rss_bytes()})
         self._welcome_read()
         body["agent"] = {
@@ -1519,15 +1520,14 @@ class Dialect:
 
 
 def node_of(node_id: str, sample: Sample, ip: str) -> Node:
-    """Say who registers: this machine, with what was found on it in that sample."""
+    """Say who registers: this machine, with what counted as seen on it in that sample."""
     hostname = _printable(socket.gethostname())[:255]
     return Node(node_id, hostname, ip, sample.role, services_of(unpack(sample.packed)))
 
 
 def services_of(neutral: Neutral) -> tuple[str, ...]:
-    """Return the services that were found on the node, by their names in a sample."""
-    rows = neutral.get("processes", {}).items()
-    return tuple(name for name, row in rows if row["status"] != "not_found")
+    """Return the services that count as seen on the node, by their names in a sample."""
+    return tuple(neutral.get("seen", ()))
 
 
 def _json(body: Mapping[str, Any]) -> bytes:
@@ -1544,8 +1544,11 @@ def _v1_node(node: Node) -> dict[str, Any]:
     }
 
 
+NOT_IN_V1 = ("node_id", "role", "seen")  # parts of a neutral sample
+
+
 def _v1_body(neutral: Neutral, node_id: str) -> dict[str, Any]:
-    rest = {name: part for name, part in neutral.items() if name not in ("node_id", "role")}
+    rest = {name: part for name, part in neutral.items() if name not in NOT_IN_V1}
     return {"node_id": node_id, **rest}
 
 

@@ -69,6 +69,7 @@ GOOD: dict[str, Any] = {
     "zonemta": {"queued": 3, "deferred": 7, "delivered_total": 100, "bounced_total": 5,
                 "rejected_total": 9, "connections": 2},
     "role": "zonemta-outbound",
+    "seen": ["zonemta", "redis"],
     "agent": {"version": agent.VERSION, "rss_bytes": 1, "clock_offset_sec": -3},
 }
 
@@ -104,7 +105,8 @@ def test_a_sample_for_tinomail_monitor() -> None:
 
 def test_a_sample_for_v1_is_as_it_was_taken() -> None:
     body = rendered("v1", GOOD)
-    assert body == {"node_id": "mta-01", **{k: v for k, v in GOOD.items() if k != "role"}}
+    parts = {name: part for name, part in GOOD.items() if name not in agent.NOT_IN_V1}
+    assert body == {"node_id": "mta-01", **parts}
     assert SAMPLE(body) == ""
 
 
@@ -181,7 +183,7 @@ def test_what_a_node_registers_with_comes_from_the_sample() -> None:
     sample = agent.Sample(1, "haraka", agent.pack(GOOD))
     node = agent.node_of("mta-01", sample, "10.0.0.1")
     assert node == agent.Node(
-        "mta-01", os.uname().nodename, "10.0.0.1", "haraka", ("zonemta", "redis", "postfix")
+        "mta-01", os.uname().nodename, "10.0.0.1", "haraka", ("zonemta", "redis")
     )
 
 
@@ -205,7 +207,7 @@ def test_nothing_of_a_real_sample_is_left_out(api: str) -> None:
     body = rendered(api, neutral)
     assert CHECKS[api](body) == ""
     if api == "v1":
-        del neutral["role"]
+        del neutral["role"], neutral["seen"]
         assert body == {"node_id": "mta-01", **neutral}
     else:
         held = [name for name in neutral["system"] if name in agent.MONITOR_SYSTEM]

@@ -179,6 +179,7 @@ def running_agents(folder: Path, api: str = "v1") -> Iterator[StartAgent]:
             "PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT), "DASHBOARD_URL": url,
             "API_KEY": KEY, "NODE_ID": "mta-01", "HEARTBEAT_INTERVAL": "1000",
             "NODE_ROLE": "haraka",  # auto would follow the daemons of the machine
+            "ZONEMTA_URL": "off",
             "DASHBOARD_API": api,
             **settings,
         }

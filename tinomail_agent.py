@@ -645,20 +645,28 @@ class Buffer:
         assert self._state is not None
         if not self._is_loaded:
             self._read_files(self._state)
+        stuck: set[int] = set()  # a file that cannot be removed holds up no other one
+        problem = None
         while (due := self._next_file()) is not None:
             seq, sample = due
+            problem = problem or ""
             try:
                 if sample:
                     self._state.write(sample)
                 else:
                     self._state.remove(seq)
             except OSError as error:
-                with self._lock:
-                    (self._on_disk.discard if sample else self._stale_files.add)(seq)
-                self._disk_problems.begin(
-                    "disk", f"cannot write undelivered samples to disk: {_reason(error)}"
-                )
-                return
+                problem = f"cannot write undelivered samples to disk: {_reason(error)}"
+                if sample:
+                    with self._lock:
+                        self._on_disk.discard(seq)
+                    break
+                stuck.add(seq)
+        with self._lock:
+            self._stale_files |= stuck
+        if problem:
+            self._disk_problems.begin("disk", problem)
+        elif problem is not None:
             self._disk_problems.end("disk", "writing undelivered samples to disk again")
 
     def _next_file(self) -> tuple[int, Sample | None] | None:

@@ -1787,14 +1787,14 @@ class Transport:
         """Send a request; None if a kept connection was closed before anything came back."""
         kept = getattr(self._connection, "sock", None)
         self._line = socket.socket(fileno=os.dup(kept.fileno())) if kept else None
-        self._start_timer(min(self._limit_s, within_s))
         raw, connects = None, self._connects
         try:
+            self._start_timer(min(self._limit_s, within_s))
             raw = self._send(request)
             with contextlib.closing(raw):
                 return _read_answer(raw)
         except (OSError, http.client.HTTPException, urllib3.exceptions.HTTPError,
-                ValueError) as error:
+                ValueError, RuntimeError) as error:
             causes = list(_causes(error))
             self._close()
             if any(isinstance(cause, CERTIFICATE_ERRORS) for cause in causes):
@@ -2019,6 +2019,7 @@ NETWORK_PROBLEMS: tuple[tuple[Any, Callable[[Any], str]], ...] = (
     ),
     (http.client.LineTooLong, lambda e: "the headers of the answer are too long"),
     (http.client.HTTPException, lambda e: "the answer is not HTTP; is DASHBOARD_URL right?"),
+    (RuntimeError, lambda e: "no thread can be started (TasksMax of the unit, or the machine's)"),
 )
 
 

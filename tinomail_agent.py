@@ -96,6 +96,7 @@ EX_TEMPFAIL, EX_CONFIG = 75, 78  # sysexits.h
 
 PRIME_S = 1.0  # the first rates and CPU shares are measured over this long
 HANG_LIMIT_S = 1.0  # for all calls of a kind that may hang, in one sample
+FILES_LIMIT_S = 4.0  # the same, for a file of /proc: late figures are better than none
 PORT_CHECK_LIMIT_S = 3.0  # for all ports together
 DAEMON_LIMIT_S = 2.0  # for asking local daemons
 ZONEMTA_ANSWER_BYTES = 256 * 1024
@@ -390,16 +391,18 @@ class Collector:
         config, clock, missing = self._config, self._clock, self._missing
         disks = DiskReader(proc, config.disk_paths, missing, Worker(HANG_LIMIT_S, self._problems))
         network = NetworkReader(sys_root, config.net_interfaces, clock, missing)
+        # In a container these files may be lxcfs', a FUSE file system: if it is stuck, they hang.
+        lent = functools.partial(in_time, Worker(FILES_LIMIT_S, self._problems))
         return {
-            "cpu": CpuReader(proc, clock).read,
-            "memory": read_memory,
+            "cpu": lent("/proc/stat", CpuReader(proc, clock).read),
+            "memory": lent("/proc/meminfo", read_memory),
             "disks": disks.read,
-            "disk_io": DiskIoReader(proc, sys_root, clock).read,
+            "disk_io": lent("/proc/diskstats", DiskIoReader(proc, sys_root, clock).read),
             "network": network.read,
-            "load": functools.partial(read_load, proc),
+            "load": lent("/proc/loadavg", functools.partial(read_load, proc)),
             "tcp_connections": TcpCounter(proc, missing, count_tcp).read,
             "open_files": functools.partial(read_open_files, proc),
-            "uptime": functools.partial(read_uptime, proc),
+            "uptime": lent("/proc/uptime", functools.partial(read_uptime, proc)),
         }
 
     @property
@@ -1256,6 +1259,17 @@ class Worker:
             if name in batch.results:
                 del self._abandoned[name]
                 self._problems.end(name, f"{name} no longer hangs")
+
+
+def in_time(worker: Worker, name: str, call: Callable[[], T]) -> Callable[[], T]:
+    """Return the call as one that raises TimeoutError while it hangs."""
+    def make() -> T:
+        answer = worker.run({name: call}).get(name, TimeoutError(f"{name} hangs"))
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    return make
 
 
 # --- what an answer leads to -------------------------------------------------------------

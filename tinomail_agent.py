@@ -96,6 +96,7 @@ EX_TEMPFAIL, EX_CONFIG = 75, 78  # sysexits.h
 
 PRIME_S = 1.0  # the first rates and CPU shares are measured over this long
 HANG_LIMIT_S = 1.0  # for all calls of a kind that may hang, in one sample
+FILES_LIMIT_S = 4.0  # the same, for a file of /proc: late figures are better than none
 PORT_CHECK_LIMIT_S = 3.0  # for all ports together
 DAEMON_LIMIT_S = 2.0  # for asking local daemons
 ZONEMTA_ANSWER_BYTES = 256 * 1024
@@ -390,16 +391,18 @@ class Collector:
         config, clock, missing = self._config, self._clock, self._missing
         disks = DiskReader(proc, config.disk_paths, missing, Worker(HANG_LIMIT_S, self._problems))
         network = NetworkReader(sys_root, config.net_interfaces, clock, missing)
+        # In a container these files may be lxcfs', a FUSE file system: if it is stuck, they hang.
+        lent = functools.partial(in_time, Worker(FILES_LIMIT_S, self._problems))
         return {
-            "cpu": CpuReader(proc, clock).read,
-            "memory": functools.partial(read_memory, proc),
+            "cpu": lent("/proc/stat", CpuReader(proc, clock).read),
+            "memory": lent("/proc/meminfo", functools.partial(read_memory, proc)),
             "disks": disks.read,
-            "disk_io": DiskIoReader(proc, sys_root, clock).read,
+            "disk_io": lent("/proc/diskstats", DiskIoReader(proc, sys_root, clock).read),
             "network": network.read,
-            "load": functools.partial(read_load, proc),
+            "load": lent("/proc/loadavg", functools.partial(read_load, proc)),
             "tcp_connections": TcpCounter(proc, missing, count_tcp).read,
             "open_files": functools.partial(read_open_files, proc),
-            "uptime": functools.partial(read_uptime, proc),
+            "uptime": lent("/proc/uptime", functools.partial(read_uptime, proc)),
             "pressure": PressureReader(proc, clock).read,
             "oom_kills": functools.partial(read_oom_kills, proc),
             "listen_overflows": functools.partial(read_listen_overflows, proc),
@@ -653,20 +656,28 @@ class Buffer:
         assert self._state is not None
         if not self._is_loaded:
             self._read_files(self._state)
+        stuck: set[int] = set()  # a file that cannot be removed holds up no other one
+        problem = None
         while (due := self._next_file()) is not None:
             seq, sample = due
+            problem = problem or ""
             try:
                 if sample:
                     self._state.write(sample)
                 else:
                     self._state.remove(seq)
             except OSError as error:
-                with self._lock:
-                    (self._on_disk.discard if sample else self._stale_files.add)(seq)
-                self._disk_problems.begin(
-                    "disk", f"cannot write undelivered samples to disk: {_reason(error)}"
-                )
-                return
+                problem = f"cannot write undelivered samples to disk: {_reason(error)}"
+                if sample:
+                    with self._lock:
+                        self._on_disk.discard(seq)
+                    break
+                stuck.add(seq)
+        with self._lock:
+            self._stale_files |= stuck
+        if problem:
+            self._disk_problems.begin("disk", problem)
+        elif problem is not None:
             self._disk_problems.end("disk", "writing undelivered samples to disk again")
 
     def _next_file(self) -> tuple[int, Sample | None] | None:
@@ -1260,6 +1271,17 @@ class Worker:
                 self._problems.end(name, f"{name} no longer hangs")
 
 
+def in_time(worker: Worker, name: str, call: Callable[[], T]) -> Callable[[], T]:
+    """Return the call as one that raises TimeoutError while it hangs."""
+    def make() -> T:
+        answer = worker.run({name: call}).get(name, TimeoutError(f"{name} hangs"))
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    return make
+
+
 # --- what an answer leads to -------------------------------------------------------------
 
 
@@ -1791,14 +1813,14 @@ class Transport:
         """Send a request; None if a kept connection was closed before anything came back."""
         kept = getattr(self._connection, "sock", None)
         self._line = socket.socket(fileno=os.dup(kept.fileno())) if kept else None
-        self._start_timer(min(self._limit_s, within_s))
         raw, connects = None, self._connects
         try:
+            self._start_timer(min(self._limit_s, within_s))
             raw = self._send(request)
             with contextlib.closing(raw):
                 return _read_answer(raw)
         except (OSError, http.client.HTTPException, urllib3.exceptions.HTTPError,
-                ValueError) as error:
+                ValueError, RuntimeError) as error:
             causes = list(_causes(error))
             self._close()
             if any(isinstance(cause, CERTIFICATE_ERRORS) for cause in causes):
@@ -2023,6 +2045,7 @@ NETWORK_PROBLEMS: tuple[tuple[Any, Callable[[Any], str]], ...] = (
     ),
     (http.client.LineTooLong, lambda e: "the headers of the answer are too long"),
     (http.client.HTTPException, lambda e: "the answer is not HTTP; is DASHBOARD_URL right?"),
+    (RuntimeError, lambda e: "no thread can be started (TasksMax of the unit, or the machine's)"),
 )
 
 

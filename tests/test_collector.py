@@ -725,6 +725,36 @@ def test_a_proc_that_lacks_a_file(
     assert f"proc/{missing}" in caplog.records[0].getMessage()
 
 
+def test_files_of_an_lxcfs_that_is_stuck(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a container a process answers for them: a reader waits for it without limit."""
+    monkeypatch.setattr(agent, "FILES_LIMIT_S", 0.5)
+    proc = tmp_path / "proc"
+    proc.mkdir()
+    for name in ("1", "self", "net", "sys", "stat", "diskstats"):
+        (proc / name).symlink_to(f"/proc/{name}")
+    texts = {"uptime": "4711.0 1.0\n", "loadavg": "0.1 0.2 0.3 1/9 9\n"}
+    for name in texts:
+        os.mkfifo(proc / name)
+    with caplog.at_level(logging.INFO):
+        collector = agent.Collector(make_config(check_ports="1"), proc=str(proc))
+        for _ in range(2):
+            system = body_of(collector)["system"]
+            assert "uptime_seconds" not in system and "load_avg" not in system
+            assert "ram_used_bytes" in system and "disks" in system
+        for name, text in texts.items():
+            (proc / name).write_text(text)  # lxcfs is back; the readers that wait have it
+            (proc / name).unlink()
+            (proc / name).write_text(text)
+        system = eventually(lambda: (found := body_of(collector)["system"]).get("uptime_seconds")
+                            and "load_avg" in found and found)
+    assert (system["uptime_seconds"], system["load_avg"]) == (4711, [0.1, 0.2, 0.3])
+    lines = [r.getMessage() for r in caplog.records]
+    assert [lines.count(f"/proc/{name} {what}") for name in texts
+            for what in ("hangs", "no longer hangs")] == [1, 1, 1, 1]
+
+
 def test_no_sys_block(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     collector = agent.Collector(make_config(check_ports="1"), sys_root=str(tmp_path))
     collector.prime()

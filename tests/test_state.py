@@ -337,6 +337,35 @@ def test_a_file_that_could_not_be_removed_is_removed_later(folder: Path) -> None
     assert on_disk(folder) == []
 
 
+def test_a_file_that_cannot_be_removed_holds_up_no_other(
+    folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    site = Node(folder)
+    site.answer = lambda request: NO_ANSWER
+    site.beat(3)
+    remove = site.state.remove
+
+    def has_a_bad_sector(seq: int) -> None:
+        if seq == 2:
+            raise OSError(errno.EIO, "Input/output error")
+        remove(seq)
+
+    site.state.remove = has_a_bad_sector  # type: ignore[method-assign]
+    site.answer = lambda request: OK
+    site.beat()
+    assert on_disk(folder) == [2]
+    site.answer = lambda request: NO_ANSWER
+    site.beat(2)
+    assert on_disk(folder) == [2, 5, 6]
+    site.state.remove = remove  # type: ignore[method-assign]
+    site.buffer.save()
+    assert on_disk(folder) == [5, 6]
+    assert [line for line in said(caplog) if "disk" in line] == [
+        "cannot write undelivered samples to disk: Input/output error",
+        "writing undelivered samples to disk again",
+    ]
+
+
 @pytest.mark.parametrize("code", [errno.EIO, errno.ENFILE, errno.ENOMEM, errno.EACCES])
 def test_a_file_that_cannot_be_read_now_is_read_later(
     code: int, folder: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch

@@ -328,6 +328,24 @@ def test_no_thread_is_left_by_a_post(dashboard: Dashboard) -> None:
     raise AssertionError(threading.enumerate())
 
 
+def test_a_machine_without_a_thread_to_spare_is_an_answer_that_is_missing(
+    dashboard: Dashboard, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    transport = agent.Transport(dashboard.url)
+    assert transport.post(REQUESTS[dashboard.api], 30.0).status == 201
+
+    def is_full(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as machine:
+        machine.setattr(threading.Timer, "start", is_full)
+        answer = transport.post(REQUESTS[dashboard.api], 30.0)
+    assert (answer.status, answer.reason) == (
+        0, "no thread can be started (TasksMax of the unit, or the machine's)"
+    )
+    assert transport.post(REQUESTS[dashboard.api], 30.0).status == 201
+
+
 def test_the_address_on_the_way_to_the_dashboard(dashboard: Dashboard) -> None:
     transport = agent.Transport(dashboard.url)
     assert (transport.local_ip, transport.route_ip()) == (None, "127.0.0.1")

@@ -732,7 +732,7 @@ def test_files_of_an_lxcfs_that_is_stuck(
     monkeypatch.setattr(agent, "FILES_LIMIT_S", 0.5)
     proc = tmp_path / "proc"
     proc.mkdir()
-    for name in ("1", "self", "net", "sys", "stat", "diskstats"):
+    for name in ("1", "self", "net", "sys", "stat", "diskstats", "meminfo", "vmstat", "pressure"):
         (proc / name).symlink_to(f"/proc/{name}")
     texts = {"uptime": "4711.0 1.0\n", "loadavg": "0.1 0.2 0.3 1/9 9\n"}
     for name in texts:

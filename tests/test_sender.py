@@ -453,6 +453,19 @@ def test_a_poison_sample_is_given_up(site: Site, caplog: pytest.LogCaptureFixtur
     ]
 
 
+def test_a_poison_sample_is_given_up_at_a_short_heartbeat_too(site: Site) -> None:
+    """New samples cut its rounds of retries off: its failures count all the same."""
+    site.answer = lambda request: (
+        Answer(500, body=b"{}") if stamp_of(request) == "t3" else OK
+    )
+    for seq in range(1, 60):
+        site.buffer.put(sample(seq))
+        site.run(site.clock.elapsed + 2.0)
+    assert site.counters == agent.Counters(59, 58, 1, 0, 0)
+    round_of = 1 + len(agent.BACKOFF_S)
+    assert agent.STRIKES * round_of <= site.posted().count("t3") < (agent.STRIKES + 1) * round_of
+
+
 def test_refused_samples_make_a_line_an_hour(
     site: Site, caplog: pytest.LogCaptureFixture
 ) -> None:

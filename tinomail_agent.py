@@ -2181,7 +2181,7 @@ def read_sample(seq: int, packed: bytes) -> Sample | None:
             and "system" in body and all(isinstance(part, dict) for part in parts)
             and TIMESTAMP.fullmatch(body["timestamp"])
         )
-        services_of(body)
+        services_of(join(body))
         for dialect in DIALECTS.values():  # what can be rendered now can be each time
             _json(dialect.body(body, "")), _json(dialect.queue(body, ""))
     except Exception:  # whatever a file may hold: it must not stop the start
@@ -2189,13 +2189,35 @@ def read_sample(seq: int, packed: bytes) -> Sample | None:
     return Sample(seq, body["role"], packed) if is_sample else None
 
 
+# 1.0.0 drops a row with a column that it does not know: after a downgrade, all services and disks.
+# In a packed sample these columns stand beside the rows, in the order of _rows().
+LATER_COLUMNS = ("uptime_seconds", "inodes_used_percent", "read_only")
+
+
+def _rows(sample: Mapping[str, Any]) -> list[dict[str, Any]]:
+    return [*sample.get("processes", {}).values(), *sample["system"].get("disks", ())]
+
+
 def pack(sample: Mapping[str, Any]) -> bytes:
-    return zlib.compress(json.dumps(sample, separators=(",", ":"), allow_nan=False).encode())
+    body, rows = {**sample, "system": {**sample["system"]}}, _rows(sample)
+    body["later"] = [{name: row[name] for name in LATER_COLUMNS if name in row} for row in rows]
+    known = ({n: value for n, value in row.items() if n not in LATER_COLUMNS} for row in rows)
+    if "processes" in sample:
+        body["processes"] = dict(zip(sample["processes"], known))
+    if "disks" in sample["system"]:
+        body["system"]["disks"] = list(known)
+    return zlib.compress(json.dumps(body, separators=(",", ":"), allow_nan=False).encode())
 
 
 def unpack(packed: bytes) -> dict[str, Any]:
-    value: dict[str, Any] = json.loads(zlib.decompress(packed))
-    return value
+    return join(json.loads(zlib.decompress(packed)))
+
+
+def join(body: dict[str, Any]) -> dict[str, Any]:
+    """Put the columns of a packed sample that stand beside its rows into them."""
+    for row, columns in zip(_rows(body), body.pop("later", ())):
+        row.update(columns)
+    return body
 
 
 def iso_utc(epoch_s: float) -> str:

@@ -74,7 +74,7 @@ def test_what_the_kernel_says_of_a_process() -> None:
 
 
 def test_bodies_stay_within_their_budgets() -> None:
-    for cores, budget in ((2, 1_000), (128, 2_000)):
-        packed, _ = sizes.body_bytes(cores)
+    for cores, disks, budget in ((2, 1, 1_000), (128, 16, 2_000)):
+        packed, _ = sizes.body_bytes(cores, disks)
         assert max(packed) <= budget
     assert sizes.buffer_kib() <= 160

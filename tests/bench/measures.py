@@ -251,10 +251,11 @@ def loaded_memory(bench: Bench) -> Iterator[Row]:
 
 
 def bodies(bench: Bench) -> Iterator[Row]:
-    for cores, budget in ((2, 1_000), (128, 2_000)):
-        packed, plain = sizes.body_bytes(cores)
+    for cores, disks, budget in ((2, 1, 1_000), (128, agent.DISKS_LIMIT, 2_000)):
+        packed, plain = sizes.body_bytes(cores, disks)
         yield Row(
-            f"gzip body, all services up, {cores} busy cores", "bytes", packed, budget,
+            f"gzip body, all services up, {cores} busy cores, disks: {disks}", "bytes", packed,
+            budget,
             {"as plain JSON": statistics.median(plain)},
         )
 

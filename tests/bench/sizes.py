@@ -23,7 +23,7 @@ def real_sample() -> bytes:
     return collector.collect().packed
 
 
-def busy_sample(cores: int, chance: random.Random) -> dict[str, Any]:
+def busy_sample(cores: int, chance: random.Random, disks: int = 1) -> dict[str, Any]:
     """Return a sample of this machine as if it were busy: every field with many digits.
 
     Random digits are what gzip can do least with.
@@ -36,11 +36,22 @@ def busy_sample(cores: int, chance: random.Random) -> dict[str, Any]:
     for name, value in system.items():
         if isinstance(value, int):
             system[name] = chance.randrange(10**9)
+        elif isinstance(value, float):
+            system[name] = round(chance.uniform(0, 100), 1)
+    system["pressure"] = {n: round(chance.uniform(0, 100), 1) for n in ("cpu", "memory", "io")}
+    system["disks"] = [
+        {"mount": f"/srv/mail/{i}", "used_percent": round(chance.uniform(0, 100), 1),
+         "free_bytes": chance.randrange(10**13), "read_only": False,
+         "inodes_used_percent": round(chance.uniform(0, 100), 1)}
+        for i in range(disks)
+    ]
+    sample["accept_queue"] = {port: chance.randrange(100) for port in sample["services"]}
     for name in sample["processes"]:
         sample["processes"][name] = {
             "status": "running", "pid": chance.randrange(4_194_304),
             "memory_mb": round(chance.uniform(10, 2000), 1),
             "cpu_percent": round(chance.uniform(0, 400), 1),
+            "uptime_seconds": chance.randrange(10**7),
         }
     sample["agent"].update(
         buffered=chance.randrange(100), sent_total=chance.randrange(10**6), dropped_total=0,
@@ -49,13 +60,13 @@ def busy_sample(cores: int, chance: random.Random) -> dict[str, Any]:
     return sample
 
 
-def body_bytes(cores: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
+def body_bytes(cores: int, disks: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Return the lengths of posted bodies, as gzip and as plain JSON."""
     chance = random.Random(1)
     dialect = agent.DIALECTS["v1"]
     packed, plain = [], []
     for _ in range(RUNS):
-        sample = busy_sample(cores, chance)
+        sample = busy_sample(cores, chance, disks)
         packed.append(float(len(dialect.sample(agent.pack(sample), "mta-01", "k").body)))
         plain.append(float(len(json.dumps(sample, separators=(",", ":")))))
     return tuple(packed), tuple(plain)

@@ -1075,6 +1075,8 @@ class Sender:
         """Log what the full ring drops while the dashboard answers, but too slowly."""
         counters = self._buffer.counters()
         size = self._config.buffer_size
+        if self._down_since is None and not self._deliveries:  # by what an earlier run left
+            self._dropped_told = counters.dropped
         if self._down_since is None and counters.dropped > self._dropped_told:
             self._dropped_told = counters.dropped
             self._problems.begin(

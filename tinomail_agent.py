@@ -1914,9 +1914,18 @@ class _Adapter(requests.adapters.HTTPAdapter):
 # What http.client takes of an answer's head: by itself 100 lines of 64 KiB, which it parses into
 # five times as much.
 http.client._MAXLINE = 8 * 1024  # type: ignore[attr-defined]
+INTERIM = (102, 103)  # Processing, Early Hints
 
 
 class _Response(http.client.HTTPResponse):
+    def _read_status(self) -> tuple[str, int, str]:
+        """Skip interim answers: http.client does so for 100 alone (RFC 9110, 15.2)."""
+        while True:
+            version, status, reason = super()._read_status()  # type: ignore[misc]
+            if status not in INTERIM:
+                return version, status, reason
+            http.client.parse_headers(self.fp)
+
     def _read_next_chunk_size(self) -> int:
         """Refuse a negative size: http.client would read all that comes, without limit."""
         size: int = super()._read_next_chunk_size()  # type: ignore[misc]

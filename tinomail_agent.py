@@ -1068,6 +1068,8 @@ class Sender:
         """Log what the full ring drops while the dashboard answers, but too slowly."""
         counters = self._buffer.counters()
         size = self._config.buffer_size
+        if self._down_since is None and not self._deliveries:  # by what an earlier run left
+            self._dropped_told = counters.dropped
         if self._down_since is None and counters.dropped > self._dropped_told:
             self._dropped_told = counters.dropped
             self._problems.begin(
@@ -1924,9 +1926,18 @@ class _Adapter(requests.adapters.HTTPAdapter):
 # What http.client takes of an answer's head: by itself 100 lines of 64 KiB, which it parses into
 # five times as much.
 http.client._MAXLINE = 8 * 1024  # type: ignore[attr-defined]
+INTERIM = (102, 103)  # Processing, Early Hints
 
 
 class _Response(http.client.HTTPResponse):
+    def _read_status(self) -> tuple[str, int, str]:
+        """Skip interim answers: http.client does so for 100 alone (RFC 9110, 15.2)."""
+        while True:
+            version, status, reason = super()._read_status()  # type: ignore[misc]
+            if status not in INTERIM:
+                return version, status, reason
+            http.client.parse_headers(self.fp)
+
     def _read_next_chunk_size(self) -> int:
         """Refuse a negative size: http.client would read all that comes, without limit."""
         size: int = super()._read_next_chunk_size()  # type: ignore[misc]

@@ -245,6 +245,21 @@ def test_a_smaller_buffer_keeps_the_newest(
     assert "dropped 10 saved samples: BUFFER_SIZE=10 is too small" in said(caplog)
 
 
+def test_what_an_earlier_run_left_too_much_is_not_the_dashboards_fault(
+    folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    first = loaded(Buffer(20, State(str(folder))))
+    for seq in range(1, 21):
+        first.put(sample(seq))
+    first.save()
+    site = Node(folder, buffer_size=10)
+    site.beat(3)
+    assert site.counters.waiting == 0
+    assert [line for line in said(caplog) if "dropped" in line] == [
+        "dropped 10 saved samples: BUFFER_SIZE=10 is too small"
+    ]
+
+
 GOOD = sample(1).packed
 NOT_SAMPLES = {
     "torn": GOOD[:-3],

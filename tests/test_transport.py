@@ -212,8 +212,11 @@ def test_a_server_that_goes_away_is_asked_once(dashboard: Dashboard) -> None:
     assert transport.post(REQUESTS[dashboard.api], LIMIT_S).reason == "connection refused"
 
 
-def test_100_continue_is_skipped() -> None:
-    url, _ = serve_raw(b"HTTP/1.1 100 Continue\r\n\r\n" * 2 + TAKEN)
+@pytest.mark.parametrize(
+    "head", ["100 Continue", "102 Processing", "103 Early Hints\r\nLink: </a.css>; rel=preload"]
+)
+def test_interim_answers_are_skipped(head: str) -> None:
+    url, _ = serve_raw(f"HTTP/1.1 {head}\r\n\r\n".encode() * 2 + TAKEN)
     assert agent.Transport(url).post(REQUEST, 3.0).status == 200
 
 

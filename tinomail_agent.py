@@ -4,11 +4,12 @@
 Every HEARTBEAT_INTERVAL it reads CPU, memory, disks, network, TCP, the mail daemons and the
 mail ports of this machine, and posts them as JSON to DASHBOARD_URL with API_KEY.
 
-    timer -> collector thread -> queue.Queue -> sender thread -> POST -> dashboard
-                                                   |   ^ newest first, then 10 of the oldest
-                                                   v   |
-                                                  buffer (a ring of BUFFER_SIZE samples)
+    timer -> collector thread -> buffer -> sender thread -> POST -> dashboard
+                                 a ring of BUFFER_SIZE samples, copied to disk when one waits;
+                                 a queue.Queue in it wakes the sender, which posts the newest
+                                 sample first, then up to 10 of the oldest
     main thread: signals, progress of both threads, memory, systemd's notify socket
+    workers: calls that may never return (a disk, a stuck process), with a time limit
 
 Collecting never waits for the network. Sending never delays a sample. A sample leaves the
 buffer only when it was delivered or refused for good, or when the ring is full. A metric that

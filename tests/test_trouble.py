@@ -467,7 +467,7 @@ def known_to_the_first(body: dict[str, Any]) -> dict[str, Any]:
                            for row in system["disks"]]
     processes = {service: {n: value for n, value in row.items() if n not in NEW}
                  for service, row in body["processes"].items()}
-    rest = {name: part for name, part in body.items() if name not in NEW}
+    rest = {name: body[name] for name in ("timestamp", "services", "agent")}
     return {**rest, "system": system, "processes": processes}
 
 

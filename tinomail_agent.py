@@ -134,6 +134,8 @@ class Notifier:
     def __init__(self, environ: Mapping[str, str]) -> None:
         self._socket = sdnotify.SystemdNotifier()
         self.is_systemd = bool(environ.get("NOTIFY_SOCKET"))
+        if self.is_systemd and self._socket.socket:
+            self._socket.socket.settimeout(1.0)  # a systemd that does not read stops nothing
         ours = environ.get("WATCHDOG_PID", str(os.getpid())) == str(os.getpid())
         micros = environ.get("WATCHDOG_USEC", "0") if ours else "0"
         self.watchdog_s = int(micros) / 1e6 if micros.isdigit() else 0.0  # 0: no watchdog
@@ -758,12 +760,11 @@ class Sender:
     def run(self) -> None:
         """Deliver until the buffer is closed, then what the time allows."""
         self._buffer.load()
-        while True:
-            is_closed = self._buffer.is_closed
-            pause = self._guarded(self.step)
-            if is_closed and pause > 0:
-                return
-            self._buffer.wait(0.0 if is_closed else pause)
+        while not self._buffer.is_closed:
+            self._buffer.wait(self._guarded(self.step))
+        self._heartbeat_seq = 0  # one more attempt at the newest, whatever became of the last
+        while self._guarded(self.step) == 0:
+            pass
 
     def _guarded(self, work: Callable[[], float]) -> float:
         """Run a piece of work; after a crash, pause. A crash is no progress."""
@@ -949,10 +950,11 @@ class Sender:
         verdict = self._judge(answer, judge_registration)
         if verdict.outcome is Outcome.DELIVERED:
             self._node_id = self._dialect.confirmed_id(answer.body) or self._own_id
-            self._registered = request
             self._problems.end("registration")
-            shown = printable(self._node_id, self._config.api_key)
-            log.info("registered as %s (role %s, address %s)", shown, sample.role, ip)
+            if request != self._registered:
+                shown = printable(self._node_id, self._config.api_key)
+                log.info("registered as %s (role %s, address %s)", shown, sample.role, ip)
+            self._registered = request
         elif self._node_id is not None:  # samples go on under the id that was confirmed before
             self._register_after = max(self._quiet_until, self._clock())
             self._quiet_until = quiet_until

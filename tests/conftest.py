@@ -87,7 +87,7 @@ class AgentProcess:
     def lines(self, pattern: str) -> list[str]:
         return [line for line in self.output.splitlines() if re.search(pattern, line)]
 
-    def stop(self, limit_s: float = 10.0) -> int:
+    def stop(self, limit_s: float = 120.0) -> int:
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGTERM)
         return self.process.wait(limit_s)

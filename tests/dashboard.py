@@ -462,7 +462,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def answer(self, status: int, content: Any, headers: Headers | None = None) -> None:
         data = content if isinstance(content, bytes) else json.dumps(content).encode()
-        self.server.release.wait(self.server.delay_s)
+        self.server.release.wait(self.server.pause_s)
         self.send_response(status)
         self.send_header("Content-Length", str(len(data)))
         for name, value in {"Content-Type": "application/json", **(headers or {})}.items():
@@ -522,7 +522,7 @@ class Dashboard(ThreadingHTTPServer):
         self.fault_scope = ""  # "": everything; else the end of the path that it is for
         self.poison = ""  # the timestamp that mode `poison` answers 500 for ever
         self.clock_ahead_s = 0.0
-        self.delay_s = 0.0  # it stores at once, and answers so much later
+        self.pause_s = 0.0  # it stores at once, and answers so much later
         self.release = threading.Event()  # ends what hangs
         self._fault = "off"
         self._live: set[socket.socket] = set()

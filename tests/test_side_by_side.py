@@ -828,7 +828,7 @@ def test_no_sockstat(tmp_path: Path) -> None:
     """TIME_WAIT has no other source that costs little; the other states have."""
     need("ip")
     found = inside(scene_no_sockstat, folder=str(tmp_path))
-    is_left_out(found, "tcp_time_wait")
+    is_left_out(found, "tcp_time_wait", "listen_overflows")
     assert found["log"] == [
         left_out("tcp_time_wait", f"No such file or directory ({tmp_path}/proc/net/sockstat)")
     ]
@@ -845,7 +845,7 @@ def test_no_proc_net_at_all(tmp_path: Path) -> None:
     found = inside(scene_no_net, folder=str(tmp_path))
     is_left_out(
         found, "net_rx_bytes_sec", "net_tx_bytes_sec", "net_rx_errors", "net_tx_errors",
-        "tcp_established", "tcp_time_wait", "tcp_close_wait",
+        "tcp_established", "tcp_time_wait", "tcp_close_wait", "listen_overflows",
     )
     assert found["log"] == [
         left_out("network", "No such file or directory (/proc/net/dev)"),

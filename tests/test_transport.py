@@ -309,13 +309,13 @@ def test_the_deadline_is_longer_after_an_attempt_that_ran_out_of_time(
     monkeypatch.setattr(agent, "SLOW_DEADLINE_S", 60.0)
     transport = agent.Transport(dashboard.url)
     request = REQUESTS[dashboard.api]
-    dashboard.delay_s = 0.8
+    dashboard.pause_s = 0.8
     assert transport.post(request).status == 0
     assert transport.post(request).status == 201
     assert transport.post(request).status == 201  # as slow as before: as much time as before
-    dashboard.delay_s = 0.0
+    dashboard.pause_s = 0.0
     assert transport.post(request).status == 201
-    dashboard.delay_s = 0.8
+    dashboard.pause_s = 0.8
     assert transport.post(request).status == 0
 
 
@@ -714,7 +714,7 @@ def test_the_stand_in_refuses(change: dict[str, object], says: str, dashboard: D
     transport = agent.Transport(dashboard.url)
     assert transport.post(REQUEST).status == 201
     body = gzip.compress(json.dumps({**GOOD, **change}).encode())
-    headers = agent.V1.sample(agent.pack({"role": ""}), "x", KEY).headers
+    headers = agent.V1.sample(agent.pack({"role": "", "system": {}}), "x", KEY).headers
     answer = transport.post(agent.Request("/api/v1/metrics/system", headers, body))
     assert answer.status == 422
     assert says in answer.body.decode()
@@ -738,7 +738,7 @@ def test_the_stand_in_refuses(change: dict[str, object], says: str, dashboard: D
 def test_the_stand_in_refuses_what_is_no_proper_post(
     headers: dict[str, str], body: bytes, status: int, dashboard: Dashboard
 ) -> None:
-    good = agent.V1.sample(agent.pack({"role": ""}), "x", KEY).headers
+    good = agent.V1.sample(agent.pack({"role": "", "system": {}}), "x", KEY).headers
     request = agent.Request("/api/v1/metrics/system", {**good, **headers}, body)
     assert agent.Transport(dashboard.url).post(request).status == status
 

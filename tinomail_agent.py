@@ -21,7 +21,6 @@ This file, from the top:
     collecting                  what a sample is made of
     the buffer                  samples that wait, in memory and on disk
     sending                     registration, delivery, retries
-    --- what these four use ---
     problems, workers, ticks    what is wrong now; calls that may never return; when to sample
     what an answer leads to     status and body of an answer -> outcome
     dialects                    how each kind of dashboard is spoken to
@@ -38,8 +37,7 @@ This file, from the top:
     logging                     lines for a terminal or the journal
     command line                --once, --check, main()
 
-Exit codes: 0 stopped or done, 1 failed, 2 wrong usage, 75 the dashboard cannot be reached now
-(EX_TEMPFAIL), 78 wrong settings (EX_CONFIG).
+Exit codes: 0 done, 1 failed, 2 wrong usage, 75 the dashboard cannot be reached now, 78 settings.
 """
 
 from __future__ import annotations

@@ -374,7 +374,8 @@ def test_every_sample_is_delivered_and_none_is_refused(
     # what was under way when the proxy was killed was stored, but its answer was lost
     assert len(run.stored) - len(set(run.stored)) <= (0 if api == "v1" else 2)
     assert "Traceback" not in run.output and KEY not in run.output
-    assert len(re.findall("registered as", run.output)) == 1
+    # again, in tinomail-monitor, when the daemons of this machine count as seen
+    assert len(set(re.findall("registered as .*", run.output))) == 1
 
 
 @pytest.mark.parametrize("kind", CONDITIONS)

@@ -236,7 +236,8 @@ def test_http_and_auto(node: Box) -> None:
     assert (settings["ALLOW_HTTP"], settings["NODE_ROLE"]) == ("true", "auto")
     assert settings["API_KEY"] == KEY
     node.expect_samples()
-    assert node.query("SELECT role FROM nodes WHERE node_id = 'mta-07'") == [["redis"]]
+    role = "SELECT role FROM nodes WHERE node_id = 'mta-07'"
+    eventually(lambda: node.query(role) == [["redis"]])  # with the third sample
 
 
 def test_options_come_before_what_is_taken_over(node: Box) -> None:
@@ -248,8 +249,9 @@ def test_options_come_before_what_is_taken_over(node: Box) -> None:
 def test_a_takeover_succeeds_only_when_the_new_agent_has_delivered(node: Box) -> None:
     """--check delivers, the service does not: the old agent is put back."""
     before = state_of(node)
-    node.sh("cp -R /root/bundle /root/broken; sed -i 's/^    def flush(self) -> float:/    step ="
-            " lambda self: math.inf\\n\\n&/' /root/broken/tinomail_agent.py;"
+    node.sh("cp -R /root/bundle /root/broken;"
+            " sed -i 's/^    def _fits(self, now: float)/    step = lambda self: math.inf\\n\\n&/'"
+            " /root/broken/tinomail_agent.py;"
             " sed -i s/DELIVERS_WITHIN=60/DELIVERS_WITHIN=8/ /root/broken/install.sh")
     code, output = node.try_sh(f"/root/broken/install.sh {FLAG}")
     assert (code, "the agent does not deliver: ok: 0 sent" in output) == (1, True), output

@@ -87,10 +87,11 @@ class Slow(Dashboard):
     """Stores a sample, and then takes its time to say so."""
 
     delay_s = 0.0
+    slow_path = "/system"  # the end of the path
 
     def take(self, path: str, headers: Any, body: Any, problem: str) -> tuple[int, Any]:
         answer = super().take(path, headers, body, problem)
-        if path.endswith("/system"):
+        if path.endswith(self.slow_path):
             self.release.wait(self.delay_s)
         return answer
 
@@ -147,7 +148,7 @@ def test_a_slow_backend_gets_one_sample_twice_at_most(
     monkeypatch.setattr(conftest, "FAST_AGENT", patient)
     server = Slow(KEY, api="tinomail-monitor")
     with server, running_agents(tmp_path, "tinomail-monitor") as start:
-        server.delay_s = 0.7
+        server.delay_s, server.slow_path = 0.7, ""  # all of it is slow
         process = start(server.url, heartbeat_ms=1000, CHECK_PORTS="1")
         eventually(lambda: len(set(server.stored())) >= 21, LIMIT_S)
         assert process.stop() == 0

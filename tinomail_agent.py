@@ -625,10 +625,9 @@ class Buffer:
         self._sync()
 
     def _sync(self) -> None:
-        for _ in range(2):  # a worker that was just done is not seen by whoever found it busy
-            is_due = self._stale_files or self._unsaved or self._worker.hanging()
-            if self._state and (is_due or not self._is_loaded):
-                self._worker.run({STATE_DIRECTORY: self._write_files})
+        is_due = self._stale_files or self._unsaved or self._worker.hanging()
+        if self._state and (is_due or not self._is_loaded):
+            self._worker.run({STATE_DIRECTORY: self._write_files})
 
     def _write_files(self) -> None:
         """Load, write and remove what is due; runs in the worker, one call at a time."""
@@ -1177,9 +1176,10 @@ class Worker:
 
         A call that is missing in the result hangs, or there was no time or thread left for it.
         Call it in every sample, with no calls if need be: it logs what hangs no more. While
-        another thread is in it, it makes no call. limit_s: 0 for the limit of the worker.
+        another thread is in it, it waits as long as a hang may take, then makes no call.
+        limit_s: 0 for the limit of the worker.
         """
-        if not self._lock.acquire(blocking=False):
+        if not self._lock.acquire(timeout=self._limit_s):
             return {}
         try:
             self._welcome_returned()

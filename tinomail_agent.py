@@ -1577,7 +1577,7 @@ def _v1_body(neutral: Neutral, node_id: str) -> dict[str, Any]:
     return {"node_id": node_id, **rest}
 
 
-# README's wire contract: Bearer key, snake_case, samples as gzip JSON.
+# The wire contract of docs/metrics.md: Bearer key, snake_case, samples as gzip JSON.
 V1 = Dialect(
     headers=lambda key: {"Authorization": f"Bearer {key}", "Content-Type": "application/json"},
     node=_v1_node,

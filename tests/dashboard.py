@@ -5,7 +5,7 @@
     python tests/dashboard.py --api tinomail-monitor            # speaks the other dialect
 
 A person and the tests use the same server. It needs nothing but Python, listens on loopback,
-and holds the agent to README's wire contract of the dialect, every field's type and range
+and holds the agent to the wire contract (docs/metrics.md), every field's type and range
 included. v1 answers a violation 422 with the reason. tinomail-monitor takes and refuses what
 the deployed backend takes and refuses, mostly with a 500 that gives no reason (it is printed
 here). A metric that is absent is stored as NULL.

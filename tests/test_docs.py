@@ -1,20 +1,49 @@
-"""README, agent.env.example and pyproject.toml say what the code does."""
+"""README, docs/, agent.env.example and pyproject.toml say what the code does."""
 
 from __future__ import annotations
 
+import ast
 import json
 import logging
 import re
 from pathlib import Path
 
+import dashboard
+import loglines
 import pytest
 from conftest import ROOT
-from dashboard import APIS, MONITOR_SAMPLE, MONITOR_SYSTEM, SAMPLE, SYSTEM
 
 import tinomail_agent as agent
 
-README = (ROOT / "README.md").read_text()
+DOCUMENTS = {
+    str(path.relative_to(ROOT)): path.read_text()
+    for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+}
+README = DOCUMENTS["README.md"]
 EXAMPLE = (ROOT / "agent.env.example").read_text()
+SOURCE = (ROOT / "tinomail_agent.py").read_text()
+UNIT = (ROOT / "tinomail-agent.service").read_text()
+
+
+def section(document: str, title: str) -> str:
+    """Return what stands below a heading, up to the next one of any level."""
+    found = re.search(rf"^#+ {re.escape(title)}\n(.*?)(?=^#|\Z)", DOCUMENTS[document], re.M | re.S)
+    assert found, f"{document} has no section {title!r}"
+    return found[1]
+
+
+def table(text: str) -> list[list[str]]:
+    """Return the rows of all tables in a text, without the headings; a row is its cells."""
+    rows = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("|")]
+    return [row for above, row in zip([[""], *rows], rows)
+            if not set(row[0]) <= set("-:|") and not re.match("[a-z]", row[0])]
+
+
+def spans(text: str) -> list[str]:
+    return re.findall(r"`([^`]+)`", text)
+
+
+# --- settings -----------------------------------------------------------------------------
 
 
 def test_the_settings_table_of_readme() -> None:
@@ -24,8 +53,8 @@ def test_the_settings_table_of_readme() -> None:
         + f" | {s.help} |"
         for s in agent.SETTINGS
     ]
-    section = README.split("## Settings")[1].split("\n## ")[0]
-    assert [line for line in section.splitlines() if line.startswith("| `")] == rows
+    text = section("README.md", "Settings")
+    assert [line for line in text.splitlines() if line.startswith("| `")] == rows
 
 
 def test_the_example_names_every_setting_with_its_default() -> None:
@@ -47,68 +76,186 @@ def test_the_example_is_a_good_env_file(tmp_path: Path) -> None:
     assert agent.load_config({}, str(path)) == config
 
 
-def test_the_samples_of_readme_are_some() -> None:
-    sample, other = re.findall(r"```json\n(.*?)```", README, re.DOTALL)
-    assert MONITOR_SAMPLE(json.loads(other)) == ""
-    assert set(MONITOR_SYSTEM) <= set(json.loads(other))
-    value = json.loads(sample)
-    assert SAMPLE(value) == ""
-    assert set(value["system"]) == set(SYSTEM)
-    assert value["agent"]["version"] == agent.VERSION
+# --- commands, links, length ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_what_a_document_names_exists(name: str) -> None:
+    text = DOCUMENTS[name]
+    makefile = (ROOT / "Makefile").read_text()
+    for target in set(re.findall(r"(?:^|`|    )make ([a-z]+)\b", text, re.MULTILINE)):
+        assert re.search(rf"^{target}:", makefile, re.MULTILINE), f"make {target}"
+    installer = (ROOT / "install.sh").read_text()
+    options = agent.build_parser().format_help() + installer.split("set -E")[0]
+    for option in set(re.findall(r"(?:`|install\.sh )(--[a-z-]+)", text)):
+        assert option in options, option
+    for file in set(re.findall(r"`((?:tests|packaging|docs)/[\w./*]+)`", text)):
+        assert list(ROOT.glob(file)), file
+    variables = EXAMPLE + makefile + (ROOT / "packaging/fleet.sh").read_text() + installer
+    for variable in set(re.findall(r"\b([A-Z]{2,}_[A-Z_]+)=", text)):
+        assert variable in variables, variable
+    for line in set(re.findall(r"`([A-Z][a-z]+[A-Za-z]+=[^ `]+)`", text)):
+        assert re.search(rf"^{re.escape(line)}", UNIT, re.MULTILINE), line
+
+
+def anchors(text: str) -> list[str]:
+    """Return the anchors of a document's headings, as GitHub makes them."""
+    titles = re.findall(r"^#+ (.*)$", re.sub(r"^```.*?^```", "", text, flags=re.M | re.S), re.M)
+    return [re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles]
+
+
+@pytest.mark.parametrize("name", [*DOCUMENTS, "CHANGELOG.md"])
+def test_every_link_leads_somewhere(name: str) -> None:
+    text = DOCUMENTS.get(name) or (ROOT / name).read_text()
+    assert len(set(anchors(text))) == len(anchors(text)), "two headings with one anchor"
+    for target in re.findall(r"\]\(([^)]*)\)", text):
+        if target.startswith("https://"):
+            continue
+        file, _, anchor = target.partition("#")
+        path = ((ROOT / name).parent / file).resolve() if file else ROOT / name
+        assert path.exists(), target
+        assert not anchor or anchor in anchors(path.read_text()), target
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_a_document_begins_with_its_contents(name: str) -> None:
+    text = DOCUMENTS[name]
+    wanted = anchors("\n".join(re.findall("^## .*$", text, re.MULTILINE)))
+    head = text.split("\n## ")[0]
+    assert re.findall(r"\]\(#([^)]*)\)", head) == wanted
+
+
+def test_readme_is_short_and_leads_to_all_documents() -> None:
+    assert len(README.splitlines()) <= 200
+    assert {name for name in DOCUMENTS if f"]({name})" in README} == set(DOCUMENTS) - {"README.md"}
+
+
+def test_nothing_stands_twice() -> None:
+    seen: dict[str, str] = {}
+    for name, text in DOCUMENTS.items():
+        flat = re.sub(r"\s+", " ", text.replace("|", "\n"))
+        for sentence in re.split(r"(?<=[.:;]) |(?<=\|)", flat):
+            words = re.sub(r"[^\w ]", "", sentence).strip()
+            if len(words) > 60:
+                assert words not in seen, f"in {seen[words]} and {name}: {sentence}"
+                seen[words] = name
 
 
 def test_readme_tells_how_to_find_the_dialect() -> None:
-    section = README.split("## Which dashboard do I have?")[1].split("\n## ")[0]
-    for api in APIS:
-        assert f"DASHBOARD_API={api}" in section
-    assert "Missing x-api-key header" in section and "--check" in section
+    text = section("README.md", "Which dashboard do I have?")
+    for api in dashboard.APIS:
+        assert f"DASHBOARD_API={api}" in text
+    assert "Missing x-api-key header" in text and "--check" in text
 
 
-def test_the_commands_of_readme_exist() -> None:
-    makefile = (ROOT / "Makefile").read_text()
-    for target in set(re.findall(r"\bmake ([a-z]+)\b", README)):
-        assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
-    installer = (ROOT / "install.sh").read_text()
-    options = agent.build_parser().format_help() + installer.split("set -euo")[0]
-    for option in set(re.findall(r"`(--[a-z-]+)", README)):
-        assert option in options, option
+# --- metrics ------------------------------------------------------------------------------
 
 
-def log_lines() -> list[str]:
-    """Return the fixed beginnings of every line that the agent can log at INFO and above."""
-    source = (ROOT / "tinomail_agent.py").read_text()
-    call = (
-        r"(?:log\.(?:info|warning|critical|log)\(\s*(?:logging\.\w+[^\"]*,\s*)?"
-        r"|(?:begin|end)\(\s*\"[a-z ]+\",\s*f?)"
-    )
-    found = re.findall(call + r'"([^"]+)"', source)
-    return [line for line in found if line != "%s"]
+def fields(title: str) -> dict[str, str]:
+    """Return the first two columns of a table of docs/metrics.md: v1's name -> the other one."""
+    found: dict[str, str] = {}
+    for first, second, *_ in table(section("docs/metrics.md", title)):
+        ours, theirs = spans(first), spans(second)
+        are_pairs = len(ours) == len(theirs)
+        found |= zip(ours, theirs if are_pairs else [" ".join(theirs)] * len(ours))
+    return found
 
 
-def test_readme_explains_every_log_line() -> None:
-    lines = log_lines()
-    assert len(lines) >= 7
-    table = README.split("## What the log says")[1].split("\n## ")[0]
-    for line in lines:
-        words = re.split(r"%[a-z.\d]*|\{[^}]*\}", line)
-        anchor = max((word.strip(" :,(") for word in words), key=len)
-        assert anchor in table, (line, anchor)
+def test_every_field_is_described() -> None:
+    top = {"node_id", "timestamp", "system", "processes", "accept_queue", "services", "zonemta",
+           "agent"}
+    assert set(fields("The sample")) == top
+    system = fields("system")
+    others = {"load_avg": " ".join(("load1m", "load5m", "load15m"))}
+    others |= {ours: theirs for theirs, (ours, _, _) in dashboard.MONITOR_SYSTEM.items()}
+    assert set(system) == set(dashboard.SYSTEM)
+    assert {name: other for name, other in system.items() if other} == others
+    assert set(fields("disks")) == {
+        "mount", "used_percent", "free_bytes", "inodes_used_percent", "read_only"}
+    assert fields("processes") == {
+        "status": "running", "pid": "pid", "memory_mb": "memoryMB", "cpu_percent": "cpuPercent",
+        "uptime_seconds": ""}
+    assert set(fields("zonemta")) == set(dashboard.ZONEMTA)
+    assert set(fields("agent")) == set(dashboard.AGENT)
 
 
-@pytest.mark.parametrize("problem", [
-    *(f"the dashboard's certificate {words}" for words in ("has expired",)),
-    "no complete answer in time", "connection refused",
-    "the connection was closed before the answer was complete",
-    "the name in DASHBOARD_URL cannot be resolved",
-    agent.NOT_THE_DASHBOARD,
-    *(words for words in agent.STATUS_ADVICE.values() if "API_KEY" in words or "forbids" in words),
-    *(hint.advice for dialect in agent.DIALECTS.values() for hint in dialect.hints),
+def test_the_samples_in_metrics_are_some() -> None:
+    sample, other = re.findall(r"```json\n(.*?)```", DOCUMENTS["docs/metrics.md"], re.DOTALL)
+    assert dashboard.MONITOR_SAMPLE(json.loads(other)) == ""
+    assert set(dashboard.MONITOR_SYSTEM) <= set(json.loads(other))
+    value = json.loads(sample)
+    assert dashboard.SAMPLE(value) == ""
+    assert set(value["system"]) == set(dashboard.SYSTEM)
+
+
+# --- the log ------------------------------------------------------------------------------
+
+
+def explained() -> list[str]:
+    """Return the lines of docs/log.md: what stands in the first cell of a row, in backticks."""
+    rows = table(DOCUMENTS["docs/log.md"].split("\n## Troubleshooting")[0])
+    assert all(len(row) == 2 and row[1] for row in rows), "a row without an explanation"
+    return [line for row in rows for line in spans(row[0])]
+
+
+def unexplained(source: str, rows: list[str]) -> tuple[list[loglines.Text], list[str]]:
+    """Return the texts that no row explains, and the rows that no text makes up any more."""
+    known = loglines.texts(source, vars(agent))
+    parts = {row: loglines.read(row, known) for row in rows}
+    found = {text for its in parts.values() for text in its or ()}
+    return [text for text in known if text not in found], [
+        row for row, its in parts.items() if its is None
+    ]
+
+
+def test_log_md_explains_every_line_of_the_log() -> None:
+    missing, stale = unexplained(SOURCE, explained())
+    assert not missing and not stale, "\n".join([
+        "docs/log.md does not follow the code.",
+        *(f"no row explains (line {text.line}): | `{text.words}` |" for text in missing),
+        *(f"nothing logs any more:  | `{row}` |" for row in stale),
+    ])
+
+
+@pytest.mark.parametrize("code", [
+    'log.warning("something new: %s", error)',
+    'log.log(logging.ERROR, "something new")',
+    'log.exception("something new")',
+    'self._problems.begin("x", f"something new: {x}")',
+    'self._problems.begin("x", "cannot deliver an old sample", "something new")',
+    'self._problems.end("x", "something new")',
+    'self._problems.crash("something new")',
+    'self._missing("x", "something new")',
+    'self._missing("something new", "why")',
+    'return Verdict(Outcome.KEPT, problem="something new")',
+    'return dataclasses.replace(verdict, detail="something new")',
+    'Hint((401,), b"", Outcome.KEPT, "something new")',
+    'Answer(0, "something new")',
+    'raise OSError(errno.EREMOTE, "something new")',
+    'raise ValueError("something new")',
+    'raise SettingsError(["something new"])',
+    'self._worker.run({"something new": call})',
+    'return State.load(self)._replace(unread=1) if x else SavedSamples([], 0, "something new")',
 ])
-def test_readme_explains_every_reason(problem: str) -> None:
-    source = (ROOT / "tinomail_agent.py").read_text()
-    head = problem.split(":")[0].removeprefix("the dashboard's certificate ")
-    assert head in source
-    assert head.split("(")[0].strip() in README
+def test_a_new_line_needs_a_row(code: str) -> None:
+    head, _, tail = SOURCE.partition("class Collector:\n")
+    method = f"    def new(self, x: str) -> None:\n        {code}\n\n"
+    missing, _ = unexplained(f"{head}class Collector:\n{method}{tail}", explained())
+    assert [text.words for text in missing if "something new" in text.words]
+
+
+def test_a_new_row_of_a_table_needs_a_row() -> None:
+    source = f'{SOURCE}\nSTATUS_ADVICE[418] = "something new"\n'
+    missing, _ = unexplained(source, explained())
+    assert [text.words for text in missing] == ["something new"]
+
+
+def test_a_row_whose_line_is_gone_is_found() -> None:
+    rows = ["the sender failed; it goes on with the next sample", "this was logged once: ..."]
+    assert unexplained(SOURCE, rows)[1] == rows[1:]
+
+
+# --- the code -----------------------------------------------------------------------------
 
 
 def test_dependencies() -> None:
@@ -124,14 +271,11 @@ def test_dependencies() -> None:
 
 def test_house_rules() -> None:
     """STYLE: lines of 100, functions of 40, three threads and their workers."""
-    import ast
-
-    source = (ROOT / "tinomail_agent.py").read_text()
-    for node in ast.walk(ast.parse(source)):
+    for node in ast.walk(ast.parse(SOURCE)):
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
             assert node.end_lineno is not None
             length = node.end_lineno - node.lineno + 1
             assert length <= 45, f"{node.name} has {length} lines"
-    assert source.count("threading.Thread(") == 3  # collector, sender, workers
-    assert source.count("threading.Lock()") == 2  # of the buffer, of a worker
+    assert SOURCE.count("threading.Thread(") == 3  # collector, sender, workers
+    assert SOURCE.count("threading.Lock()") == 2  # of the buffer, of a worker
     assert logging.getLogger("tinomail_agent") is agent.log

@@ -36,7 +36,7 @@ def number(value: float) -> str:
 
 
 def table(rows: Iterable[Row], facts: Mapping[str, str]) -> str:
-    """Return the facts and the rows as Markdown, as README has them."""
+    """Return the facts and the rows as Markdown, as docs/performance.md has them."""
     lines = [f"{name}: {text}  " for name, text in facts.items()]
     lines += ["", "| what | measured | budget | beside it |", "|---|---:|---:|---|"]
     for row in rows:

@@ -16,7 +16,7 @@ import itertools
 import math
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,7 +28,8 @@ HANDS_ON = frozenset(
     "dict frozenset next iter reversed map filter max min fromkeys chain".split()
 )
 FILLS = frozenset("append add insert extend update".split())  # a list, set or dict
-WORDLESS = (ast.Compare, ast.UnaryOp, ast.Slice)
+WORDLESS = (ast.Compare, ast.UnaryOp, ast.Slice, ast.Constant, ast.Attribute)
+WORDLESS_FIELDS = frozenset(["headers"])  # of a request and of an answer alike
 MOST_VARIANTS = 16  # of a text with parts that depend on something
 
 
@@ -48,7 +49,14 @@ class Text:
 
     words: str
     line: int
-    pattern: str  # matches the text as it is logged, with a group for each {name}
+    fixed: tuple[str, ...]  # what stands before, between and behind what is put in
+
+    def put_in(self, logged: str) -> tuple[str, ...] | None:
+        """Return what was put into this text, None if what was logged is another one."""
+        if not all(part in logged for part in self.fixed):
+            return None
+        match = re.fullmatch("(.*)".join(map(re.escape, self.fixed)), logged)
+        return match.groups() if match else None
 
 
 ENDS = " :,;"  # what stands between two texts
@@ -56,13 +64,11 @@ ENDS = " :,;"  # what stands between two texts
 
 def make_text(parts: Parts, line: int) -> Text | None:
     """Return the text of these parts, None if there is no word in it."""
-    words = "".join(f"{{{p.name}}}" if isinstance(p, Hole) else p for p in parts).strip(ENDS)
     if not any(re.search("[A-Za-z]{2}", part) for part in parts if isinstance(part, str)):
         return None
-    pieces = re.split(r"(\{[^}]*\})", words)
-    # What is put in is one text: the next one begins behind a colon.
-    pattern = "".join("((?:(?!: ).)+)" if p.startswith("{") else re.escape(p) for p in pieces)
-    return Text(words, line, pattern)
+    words = "".join(f"{{{p.name}}}" if isinstance(p, Hole) else p for p in parts).strip(ENDS)
+    fixed = "".join("\0" if isinstance(p, Hole) else p for p in parts).strip(ENDS)
+    return Text(words, line, tuple(fixed.split("\0")))
 
 
 def name_of(node: ast.AST | None) -> str:
@@ -284,7 +290,7 @@ class Walk:
                     self._note(parts, node)
         elif isinstance(node, ast.Name):
             self._follow(*self._source.values(node))
-        elif isinstance(node, ast.Attribute):
+        elif isinstance(node, ast.Attribute) and node.attr not in WORDLESS_FIELDS:
             self._follow(*self._source.fields.get(node.attr, ()))
             self._returned(*(function for function in self._source.functions.get(node.attr, ())
                              if "property" in map(name_of, function.decorator_list)))
@@ -302,7 +308,7 @@ class Walk:
                                ast.Subscript, ast.Starred, ast.NamedExpr)):
             keys = [child for child in ast.iter_child_nodes(node) if isinstance(child, ast.expr)]
             self._follow(*(keys[:1] if isinstance(node, ast.Subscript) else keys))
-        elif not isinstance(node, (*WORDLESS, ast.Constant)):
+        elif not isinstance(node, WORDLESS):
             raise NotImplementedError(f"line {getattr(node, 'lineno', 0)}: {ast.dump(node)}")
 
     def _look_at_call(self, node: ast.Call) -> None:
@@ -389,24 +395,44 @@ def filled(form: str, place: str, values: Sequence[ast.expr]) -> Parts:
     return tuple(parts)
 
 
-def read(line: str, known: Sequence[Text]) -> set[Text] | None:
-    """Return the texts that a line consists of, None if it is none; "..." stands for any text.
+class Reader:
+    """Finds the texts that a line consists of; "..." stands for any text."""
 
-    A line is a text, or two lines with a colon between them. What is put in may be a line, too.
-    """
-    if line == "...":
-        return set()
-    found: set[Text] = set()
-    for text in known:
-        if match := re.fullmatch(text.pattern, line):
-            found.add(text)
-            for inner in match.groups():
-                found |= read(inner, known) or set()
-    for colon in re.finditer(": ", line):
-        left, right = read(line[: colon.start()], known), read(line[colon.end() :], known)
-        if left is not None and right is not None:
-            found |= left | right
-    return found or None
+    def __init__(self, known: Sequence[Text]) -> None:
+        self._known = known
+        self._read: dict[str, frozenset[Text] | None] = {"...": frozenset()}
+
+    def read(self, line: str) -> frozenset[Text] | None:
+        """Return the texts of a line, None if it is none.
+
+        A line is a text, or two lines with a colon between them. What is put into a text is a
+        value, or a line itself. Of several texts that it may be, the one with most words counts.
+        """
+        line = line.strip(ENDS)
+        if line not in self._read:
+            found = [*self._as_one(line), *self._as_two(line)]
+            most = max(map(weight, found), default=0)
+            best = [one for one in found if weight(one) == most]
+            self._read[line] = frozenset().union(*best) if best else None
+        return self._read[line]
+
+    def _as_one(self, line: str) -> Iterator[frozenset[Text]]:
+        for text in self._known:
+            values = [value for value in text.put_in(line) or () if value != line]
+            inner = [self.read(value) for value in values]
+            is_foreign = any(v for v, its in zip(values, inner) if its is None and ": " in v)
+            if text.put_in(line) is not None and not is_foreign:
+                yield frozenset([text]).union(*filter(None, inner))
+
+    def _as_two(self, line: str) -> Iterator[frozenset[Text]]:
+        for colon in re.finditer(": ", line):
+            left, right = self.read(line[: colon.start()]), self.read(line[colon.end() :])
+            if left is not None and right is not None:
+                yield left | right
+
+
+def weight(texts: Iterable[Text]) -> int:
+    return sum(len(part) for text in texts for part in text.fixed)
 
 
 def texts(source: str, namespace: dict[str, Any]) -> list[Text]:

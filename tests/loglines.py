@@ -349,10 +349,10 @@ class Walk:
             node = node.value
         if isinstance(node, ast.Call) and name_of(node.func) == "format":
             assert isinstance(node.func, ast.Attribute)
-            forms = self._one_of(node.func.value)
-            if forms:
-                self._follow(*node.args)
+            self._follow(*node.args)
+            if forms := self._one_of(node.func.value):
                 return [filled(str(form[0]), r"\{\}", node.args) for form in forms]
+            node = node.func.value
         if known := self._one_of(node):
             return known
         self._follow(node)
@@ -370,7 +370,7 @@ class Walk:
 
     def _joined(self, nodes: Sequence[ast.expr]) -> list[Parts]:
         choices = [self._variants(node) for node in nodes]
-        assert math.prod(map(len, choices)) <= MOST_VARIANTS, f"line {nodes[0].lineno}"
+        assert math.prod(map(len, choices)) <= MOST_VARIANTS, f"too many: line {nodes[0].lineno}"
         return [tuple(itertools.chain(*parts)) for parts in itertools.product(*choices)]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import difflib
 import json
 import logging
 import re
@@ -213,8 +214,10 @@ def test_log_md_explains_every_line_of_the_log() -> None:
     missing, stale = unexplained(SOURCE, explained())
     assert not missing and not stale, "\n".join([
         "docs/log.md does not follow the code.",
-        *(f"no row explains (line {text.line}): | `{text.words}` |" for text in missing),
-        *(f"nothing logs any more:  | `{row}` |" for row in stale),
+        *(f"nothing logs any more: | `{row}` |" for row in stale),
+        *(f"no row explains, of line {text.line}: | `{text.words}` |"
+          + "".join(f" (near: {row})" for row in difflib.get_close_matches(text.words, stale, 1))
+          for text in missing),
     ])
 
 

@@ -51,7 +51,6 @@ import functools
 import gzip
 import http.client
 import io
-import itertools
 import json
 import logging
 import math
@@ -962,7 +961,7 @@ class Sender:
         return dataclasses.replace(verdict, problem=problem, is_own_error=False)
 
     def _registration(self, sample: Sample, ip: str) -> Request:
-        return self._dialect.register(node_of(self._own_id, sample, ip), self._config.api_key)
+        return self._dialect.register(sample.packed, self._own_id, ip, self._config.api_key)
 
     # - posting
 
@@ -1319,60 +1318,94 @@ class Strikes:
     failures: int = 0  # of a round of retries that a new sample cut off
 
 
-# Only the dashboard speaks JSON. These statuses mean something in its own answer alone: a
-# proxy, a CDN or a captive portal gives them for reasons of its own.
-JSON_OUTCOMES = {
-    400: Outcome.REFUSED,
-    404: Outcome.REGISTER,
-    409: Outcome.DELIVERED,  # the dashboard has it already
-    413: Outcome.REFUSED,
-    415: Outcome.REFUSED,
-    422: Outcome.REFUSED,
+def parse_json(body: bytes) -> dict[str, Any] | None:
+    """Return the object of a JSON text, None if it is none."""
+    try:
+        value = json.loads(body)
+    except (ValueError, RecursionError):
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def is_json(body: bytes) -> bool:
+    return parse_json(body) is not None
+
+
+def is_empty(body: bytes) -> bool:
+    return not body
+
+
+FAILURE_WORDS = {
+    "success": ("false", "0", "no"), "ok": ("false", "0", "no"),
+    "status": ("error", "fail", "failed"),
 }
-RETRIED = frozenset((408, 425, 429, *range(500, 600)))
-OVERLOADED = (502, 503, 504)
-SUCCESS_WITHOUT_BODY = (201, 202, 204)
-STATUS_ADVICE = {
-    401: "the dashboard does not accept API_KEY: set the key that it gave out",
-    403: "the dashboard forbids it: look there for a blocked key or node",
-    404: "no such address or node: is DASHBOARD_URL right?",
-}
+
+
+def is_failure(body: bytes) -> bool:
+    """Tell whether an answer's JSON says that it failed, whatever its status."""
+    said = parse_json(body) or {}
+    return (
+        any(str(said.get(name)).lower() in words for name, words in FAILURE_WORDS.items())
+        or re.fullmatch("[4-9][0-9]{2}", str(said.get("statusCode"))) is not None
+        or bool(said.get("error") or said.get("errors"))
+    )
+
+
+class Rule(NamedTuple):
+    """What an answer means that has one of these statuses, and such a body."""
+
+    statuses: Container[int]
+    outcome: Outcome
+    advice: str = ""  # logged in place of what the dashboard wrote
+    body: Callable[[bytes], bool] | None = None  # None: any
+    note: str = ""  # logged behind the status
+    is_own_error: bool = False
+
+    def fits(self, status: int, body: bytes) -> bool:
+        return status in self.statuses and (self.body is None or self.body(body))
+
+
 NOT_THE_DASHBOARD = "this is not the dashboard's answer: is DASHBOARD_URL right?"
 
-Judge = Callable[["Answer", str, "tuple[Hint, ...]"], Verdict]
+# The first rule that fits counts. Only the dashboard speaks JSON: a proxy, a CDN or a captive
+# portal gives the same statuses for reasons of its own.
+RULES = (
+    Rule(range(200, 300), Outcome.KEPT, body=is_failure, note=", but reports a failure"),
+    Rule(range(200, 300), Outcome.DELIVERED, body=is_json),
+    Rule((201, 202, 204), Outcome.DELIVERED, body=is_empty),
+    Rule(range(200, 300), Outcome.KEPT, NOT_THE_DASHBOARD),
+    Rule(range(300, 400), Outcome.KEPT, note=", a redirect: correct DASHBOARD_URL"),
+    Rule((401,), Outcome.KEPT,
+         "the dashboard does not accept API_KEY: set the key that it gave out"),
+    Rule((403,), Outcome.KEPT, "the dashboard forbids it: look there for a blocked key or node"),
+    Rule((404,), Outcome.REGISTER, "no such address or node: is DASHBOARD_URL right?", is_json),
+    Rule((409,), Outcome.DELIVERED, body=is_json),  # the dashboard has the sample already
+    Rule((400, 413, 415, 422), Outcome.REFUSED, body=is_json),
+    Rule((400, 404, 409, 413, 415, 422), Outcome.KEPT, NOT_THE_DASHBOARD),
+    Rule((408, 425, 429, 502, 503, 504), Outcome.RETRY),  # overloaded, or out of reach
+    Rule(range(500, 600), Outcome.RETRY, body=is_json, is_own_error=True),
+    Rule(range(500, 600), Outcome.RETRY),
+    Rule(range(1000), Outcome.KEPT),
+)
+
+Judge = Callable[["Answer", str, "tuple[Rule, ...]"], Verdict]
 
 
-def judge(answer: Answer, key: str, hints: tuple[Hint, ...] = ()) -> Verdict:
-    """Return the verdict on the answer to a sample; a dialect's hints come before the tables."""
-    status = answer.status
-    if status == 0:
+def judge(answer: Answer, key: str, hints: tuple[Rule, ...] = ()) -> Verdict:
+    """Return the verdict on the answer to a sample; a dialect's hints are rules that come first."""
+    if answer.status == 0:
         return Verdict(Outcome.RETRY, answer.reason)
+    rule = next(r for r in (*hints, *RULES) if r.fits(answer.status, answer.body))
     server = printable(answer.server, key, HEADER_CHARS)
-    problem = f"answered {status}" + (f" (Server: {server})" if server else "")
-    said = parse_json(answer.body)
-    message = printable(message_of(said), key)
-    if 200 <= status < 300:
-        if said is None and (answer.body or status not in SUCCESS_WITHOUT_BODY):
-            return Verdict(Outcome.KEPT, problem, NOT_THE_DASHBOARD)
-        if said is not None and reports_failure(said):
-            return Verdict(Outcome.KEPT, f"{problem}, but reports a failure", message)
-        return Verdict(Outcome.DELIVERED)
-    for hint in hints:
-        if status in hint.statuses and hint.contains in answer.body.lower():
-            return Verdict(hint.outcome, problem, hint.advice)
-    if 300 <= status < 400:
-        where = printable(answer.location, key, HEADER_CHARS)
-        return Verdict(Outcome.KEPT, f"{problem}, a redirect: correct DASHBOARD_URL", where)
-    if status in RETRIED:
-        is_own_error = said is not None and status >= 500 and status not in OVERLOADED
-        return Verdict(Outcome.RETRY, problem, message, is_own_error)
-    if said is not None and status in JSON_OUTCOMES:
-        return Verdict(JSON_OUTCOMES[status], problem, STATUS_ADVICE.get(status) or message)
-    advice = NOT_THE_DASHBOARD if status in JSON_OUTCOMES else STATUS_ADVICE.get(status)
-    return Verdict(Outcome.KEPT, problem, advice or message)
+    problem = f"answered {answer.status}" + (f" (Server: {server})" if server else "") + rule.note
+    if 300 <= answer.status < 400:
+        detail = printable(answer.location, key, HEADER_CHARS)
+    else:
+        detail = rule.advice or printable(message_of(answer.body), key)
+    return Verdict(rule.outcome, problem, detail, rule.is_own_error)
 
 
-def judge_registration(answer: Answer, key: str, hints: tuple[Hint, ...] = ()) -> Verdict:
+def judge_registration(answer: Answer, key: str, hints: tuple[Rule, ...] = ()) -> Verdict:
     """Return the verdict on the answer to a registration, which has to name the node's id."""
     verdict = judge(answer, key, hints)
     if verdict.outcome in (Outcome.REGISTER, Outcome.REFUSED):
@@ -1384,31 +1417,10 @@ def judge_registration(answer: Answer, key: str, hints: tuple[Hint, ...] = ()) -
     return verdict
 
 
-def parse_json(body: bytes) -> dict[str, Any] | None:
-    """Return the object of a JSON text, None if it is none."""
-    try:
-        value = json.loads(body)
-    except (ValueError, RecursionError):
-        return None
-    return value if isinstance(value, dict) else None
-
-
-def reports_failure(said: Mapping[str, Any]) -> bool:
-    """Tell whether an answer's JSON says that it failed, whatever its status."""
-    if any(str(said.get(name)).lower() in ("false", "0", "no") for name in ("success", "ok")):
-        return True
-    code = str(said.get("statusCode"))
-    return (
-        str(said.get("status")).lower() in ("error", "fail", "failed")
-        or (code.isdecimal() and int(code[:9]) >= 400)
-        or bool(said.get("error") or said.get("errors"))
-    )
-
-
-def message_of(said: Mapping[str, Any] | None) -> str:
+def message_of(body: bytes) -> str:
     """Return the `error` or `message` of an answer's JSON, "" if it has none."""
-    for name in ("error", "message"):
-        value = (said or {}).get(name)
+    said = parse_json(body) or {}
+    for value in (said.get("error"), said.get("message")):
         if isinstance(value, dict):
             value = value.get("message") or value.get("code")
         if value and isinstance(value, str):
@@ -1436,12 +1448,11 @@ def mask(text: str, key: str) -> str:
     """Replace by *** each run of six or more characters of the key (of all, if it is shorter)."""
     size = min(KEY_RUN, len(key))
     pieces = {key[start : start + size] for start in range(len(key) - size + 1)} - {""}
-    hidden: set[int] = set()
-    for start in range(len(text) - size + 1):
+    shown = list(text)
+    for start in range(len(text)):
         if text[start : start + size] in pieces:
-            hidden.update(range(start, start + size))
-    runs = itertools.groupby(enumerate(text), key=lambda place: place[0] in hidden)
-    return "".join("***" if is_key else "".join(c for _, c in run) for is_key, run in runs)
+            shown[start : start + size] = "\0" * size
+    return re.sub("\0+", "***", "".join(shown))
 
 
 def http_date(text: str) -> float | None:
@@ -1459,14 +1470,13 @@ def http_date(text: str) -> float | None:
 def retry_after_s(answer: Answer, now: float) -> float:
     """Return how long the dashboard wants to be left alone, at most RETRY_AFTER_LIMIT_S.
 
-    A date is measured against the answer's own Date, else against `now`: the dashboard's
-    clock as far as it is known (epoch seconds).
+    A date is compared with the answer's own Date, else with `now`: the dashboard's clock as
+    far as it is known (epoch seconds).
     """
-    text = answer.retry_after.strip()
-    if re.fullmatch("[0-9]{1,10}", text):
-        seconds = float(text)
-    else:
-        until = http_date(text)
+    try:
+        seconds: float = int(answer.retry_after)
+    except ValueError:
+        until = http_date(answer.retry_after)
         seconds = 0.0 if until is None else until - (http_date(answer.date) or now)
     return min(RETRY_AFTER_LIMIT_S, max(0.0, seconds))
 
@@ -1490,26 +1500,6 @@ class Request(NamedTuple):
     body: bytes
 
 
-@dataclass(frozen=True, slots=True)
-class Node:
-    """What a node registers with."""
-
-    node_id: str
-    hostname: str
-    ip: str
-    role: str
-    services: tuple[str, ...] = ()  # that were found on it, by their names in a sample
-
-
-class Hint(NamedTuple):
-    """An answer that means more in one dialect than its status says."""
-
-    statuses: tuple[int, ...]
-    contains: bytes  # what its body contains, in lower case
-    outcome: Outcome
-    advice: str
-
-
 Neutral = Mapping[str, Any]  # a sample without node id and dialect, as unpack() returns it
 
 
@@ -1518,15 +1508,18 @@ class Dialect:
     """How one kind of dashboard is spoken to; a sample is neutral until it is posted."""
 
     headers: Callable[[str], dict[str, str]]  # with the key
-    node: Callable[[Node], dict[str, Any]]  # the body of a registration
-    body: Callable[[Neutral, str], dict[str, Any]]  # that of a sample, under a node id
+    node: Callable[[Neutral, str, str], dict[str, Any]]  # of a registration: node id, address
+    body: Callable[[Neutral, str], dict[str, Any]]  # of a sample: node id
     queue: Callable[[Neutral, str], dict[str, Any]]  # ZoneMTA's figures, if they go by themselves
-    hints: tuple[Hint, ...]
+    hints: tuple[Rule, ...]  # answers that mean more than their status says
     is_gzip: bool  # samples are
     confirms_id: bool  # samples go under the id in the answer to a registration
 
-    def register(self, node: Node, key: str) -> Request:
-        return Request("/api/v1/nodes", self.headers(key), _json(self.node(node)))
+    def register(self, packed: bytes, node_id: str, ip: str, key: str) -> Request:
+        """Render the registration of this machine, as it was in a neutral sample."""
+        hostname = _printable(socket.gethostname())[:255]
+        body = {"hostname": hostname, **self.node(unpack(packed), node_id, ip)}
+        return Request("/api/v1/nodes", self.headers(key), _json(body))
 
     def sample(self, packed: bytes, node_id: str, key: str) -> Request:
         """Render a neutral sample; the same bytes each time for the same node id."""
@@ -1544,48 +1537,27 @@ class Dialect:
         return confirmed_id(answer) if self.confirms_id else None
 
 
-def node_of(node_id: str, sample: Sample, ip: str) -> Node:
-    """Say who registers: this machine, with what counted as seen on it in that sample."""
-    hostname = _printable(socket.gethostname())[:255]
-    return Node(node_id, hostname, ip, sample.role, services_of(unpack(sample.packed)))
-
-
-def services_of(neutral: Neutral) -> tuple[str, ...]:
-    """Return the services that count as seen on the node, by their names in a sample."""
-    return tuple(neutral.get("seen", ()))
-
-
 def _json(body: Mapping[str, Any]) -> bytes:
     return json.dumps(body, separators=(",", ":"), allow_nan=False).encode()
 
 
 OTHER_DIALECT = "the dashboard speaks another dialect: set DASHBOARD_API={}"
-
-
-def _v1_node(node: Node) -> dict[str, Any]:
-    return {
-        "node_id": node.node_id, "hostname": node.hostname, "ip": node.ip,
-        "role": node.role, "version": VERSION,
-    }
-
-
 NOT_IN_V1 = ("node_id", "role", "seen")  # parts of a neutral sample
-
-
-def _v1_body(neutral: Neutral, node_id: str) -> dict[str, Any]:
-    rest = {name: part for name, part in neutral.items() if name not in NOT_IN_V1}
-    return {"node_id": node_id, **rest}
-
 
 # The wire contract of docs/metrics.md: Bearer key, snake_case, samples as gzip JSON.
 V1 = Dialect(
     headers=lambda key: {"Authorization": f"Bearer {key}", "Content-Type": "application/json"},
-    node=_v1_node,
-    body=_v1_body,
+    node=lambda neutral, node_id, ip: {
+        "node_id": node_id, "ip": ip, "role": neutral["role"], "version": VERSION,
+    },
+    body=lambda neutral, node_id: {
+        "node_id": node_id,
+        **{name: part for name, part in neutral.items() if name not in NOT_IN_V1},
+    },
     queue=lambda neutral, node_id: {},  # a part of the sample
     hints=(
-        Hint((401,), b"x-api-key", Outcome.KEPT, OTHER_DIALECT.format("tinomail-monitor")),
-        Hint((400, 415), b"fst_err_ctp_", Outcome.KEPT, OTHER_DIALECT.format("tinomail-monitor")),
+        Rule((401,), Outcome.KEPT, OTHER_DIALECT.format("tinomail-monitor"),
+             lambda body: b"x-api-key" in body.lower()),
     ),
     is_gzip=True,
     confirms_id=True,
@@ -1613,8 +1585,8 @@ MONITOR_LOADS = ("load1m", "load5m", "load15m")
 MONITOR_PROCESSES = {"zonemta": "zone-mta", "redis": "redis-server", "mongodb": "mongod"}
 # Its pages have a tab for `zonemta`, none for these.
 MONITOR_ROLES = {"zonemta-outbound": "zonemta", "zonemta-local": "zonemta"}
-# Its name -> the sum of which of ours. `sentTotal` is what its page takes rates from: mails that
-# were delivered, bounced, or tried at least once. `queueSize` is all that waits, as in mailq.
+# Its name -> the sum of which of ours. Its page takes rates from `sentTotal`: all mails that were
+# delivered, bounced, or tried at least once. `queueSize` is all that waits, as in mailq.
 MONITOR_QUEUE = {
     "queueSize": ("queued", "deferred"),
     "deferredTotal": ("deferred",),
@@ -1624,22 +1596,22 @@ MONITOR_QUEUE = {
     "rejectedTotal": ("rejected_total",),
     "connectionsActive": ("connections",),
 }
-# Columns of 4 bytes: a larger value is a 500 for the whole sample.
+# Columns of 4 bytes: a larger value is a 500 for the whole sample. The kernel's count of
+# connections is one: it may fall below 0 for a moment, and reads as 2^64 - 1 then.
 MONITOR_INT4 = ("tcpEstablished", "tcpTimeWait", "openFiles", "queueSize", "connectionsActive")
 
 
-def _monitor_node(node: Node) -> dict[str, Any]:
+def _monitor_node(neutral: Neutral, node_id: str, ip: str) -> dict[str, Any]:
     metadata = {
         "agentVersion": VERSION, "platform": sys.platform, "arch": platform.machine(),
-        "detectedServices": [name for name in node.services if name in SERVICES],
+        "detectedServices": [name for name in neutral.get("seen", ()) if name in SERVICES],
     }
     with contextlib.suppress(OSError, ValueError):  # none, or not UTF-8
         system = platform.freedesktop_os_release()  # os-release(5)
         metadata |= {"distro": system["NAME"], "release": system.get("VERSION_ID", "rolling")}
     return {
-        "nodeId": node.node_id, "hostname": node.hostname,
-        "role": MONITOR_ROLES.get(node.role, node.role),
-        "ipAddress": node.ip.partition("%")[0],  # fe80::1%eth0
+        "nodeId": node_id, "role": MONITOR_ROLES.get(neutral["role"], neutral["role"]),
+        "ipAddress": ip.partition("%")[0],  # fe80::1%eth0
         "metadata": metadata,
     }
 
@@ -1658,26 +1630,23 @@ def _monitor_body(neutral: Neutral, node_id: str) -> dict[str, Any]:
          "cpuPercent": row.get("cpu_percent", 0), "memoryMB": row.get("memory_mb", 0)}
         for name, row in neutral.get("processes", {}).items()
     ]
-    # The node counts as alive only with processes, but where none could be read, "not running"
-    # would be a lie: the rest of the sample is posted without them.
+    # The dashboard counts a node as alive only with processes. But where none could be read, "not
+    # running" would be a lie: the rest of the sample is posted without them.
     return {**body, "processes": processes} if processes else body
 
 
 def _monitor_queue(neutral: Neutral, node_id: str) -> dict[str, Any]:
     figures = neutral.get("zonemta", {})
-    known = {
+    known = _int4({
         theirs: sum(figures[name] for name in ours)
         for theirs, ours in MONITOR_QUEUE.items() if figures.keys() >= set(ours)
-    }
-    return {"nodeId": node_id, "timestamp": neutral["timestamp"], **_int4(known)} if known else {}
+    })
+    return {"nodeId": node_id, "timestamp": neutral["timestamp"], **known} if known else {}
 
 
 def _int4(figures: dict[str, Any]) -> dict[str, Any]:
     """Leave out what is too large for a column of 4 bytes."""
-    return {
-        name: value for name, value in figures.items()
-        if name not in MONITOR_INT4 or value < 2**31
-    }
+    return {n: value for n, value in figures.items() if n not in MONITOR_INT4 or value < 2**31}
 
 
 # TinoMail Monitor as it is deployed: x-api-key, camelCase, never gzip. It takes samples of nodes
@@ -1688,12 +1657,12 @@ MONITOR = Dialect(
     body=_monitor_body,
     queue=_monitor_queue,
     hints=(
-        Hint((401,), b"", Outcome.KEPT,
+        Rule((401,), Outcome.KEPT,
              "the dashboard does not accept API_KEY: set the key that it gave out; "
              "if it is that one, " + OTHER_DIALECT.format("v1")),
-        Hint((403,), b'"blocked"', Outcome.KEPT,
-             "the dashboard blocks this node: unblock it there"),
-        Hint((404,), b"", Outcome.KEPT, "no such address: is DASHBOARD_URL right?"),
+        Rule((403,), Outcome.KEPT, "the dashboard blocks this node: unblock it there",
+             lambda body: b'"blocked"' in body.lower()),
+        Rule((404,), Outcome.KEPT, "no such address: is DASHBOARD_URL right?"),
     ),
     is_gzip=False,
     confirms_id=False,
@@ -1724,24 +1693,19 @@ class Transport:
     """Posts to the dashboard over one kept-alive connection; takes nothing from the environment.
 
     A request goes through requests' adapter alone: its session would follow redirects, keep
-    cookies, and decompress without limit. A timer ends each attempt by shutting its socket
-    down: a socket's own timeout starts anew with every byte that arrives.
+    cookies, and decompress without limit.
     """
 
     def __init__(self, base_url: str, ca_bundle: str = "") -> None:
         self._base_url = base_url
         self._ca_bundle = ca_bundle
         self._adapter: _Adapter | None = None  # None: the CA files are to be read (again)
+        self._connection: Any = None  # urllib3's, the last one
+        self._opened = 0.0  # monotonic: since when it is there
         self._limit_s = REQUEST_DEADLINE_S  # of an attempt
-        self._timer = threading.Timer(0, _nothing)
-        self._timer_s = 0.0
-        self._connection: Any = None  # urllib3's
-        self._line: socket.socket | None = None  # a handle of its socket, during an attempt
-        self._opened = 0.0  # monotonic
-        self._connects = 0  # tries
+        self._addresses: list[tuple[int, Any]] = []  # (family, socket address), in order
         self._address: Any = None  # of the connection
-        self._best: Any = None  # the address where the dashboard answered last
-        self._worst: Any = None  # the address of the last attempt that failed
+        self._ranks: dict[Any, int] = {}  # by address: -1 if it is good, 1 if it failed since then
         self.local_ip: str | None = None  # this machine's address, of the last connection
         self.deadline = 0.0  # monotonic: when the attempt ends; infinite during a name look-up
 
@@ -1755,8 +1719,6 @@ class Transport:
         if started - self._opened > CONNECTION_LIMIT_S:
             self._close()
         answer = self._attempt(request, within_s)
-        if answer is None:  # the server had closed the idle connection: a new one, at once
-            answer = self._attempt(request, within_s) or Answer(0, CLOSED_EARLY)
         took_s = time.monotonic() - started
         if answer.status and took_s < REQUEST_DEADLINE_S:
             self._limit_s = REQUEST_DEADLINE_S
@@ -1766,85 +1728,79 @@ class Transport:
 
     def keep(self) -> None:
         """Note that the dashboard answered: its address is tried first from now on."""
-        self._best, self._worst = self._address, None
+        self._ranks = {self._address: -1}
 
     def disconnect(self) -> None:
         """Close the connection after a failure: the next attempt looks the name up again."""
-        self._worst = self._address
+        self._ranks[self._address] = 1
         self._close()
 
     def route_ip(self) -> str:
         """Return this machine's address on the way to the dashboard, "" without one."""
         with contextlib.suppress(OSError, UnicodeError):  # the post will say why
-            for family, address in self._look_up(*self._host_and_port()):
+            for family, address in self._look_up():
                 with contextlib.suppress(OSError), socket.socket(family, socket.SOCK_DGRAM) as sock:
                     sock.connect(address)  # a datagram socket: nothing is sent
                     return str(sock.getsockname()[0])
         return ""
+
+    def left_s(self) -> float:
+        """Return the time that is left for the attempt; raise TimeoutError if it is over."""
+        left_s = self.deadline - time.monotonic()
+        if left_s <= 0:
+            raise TimeoutError
+        return left_s
 
     def dial(self, connection: Any) -> socket.socket:
         """Connect to the first address that answers; none takes more than its share of the time.
 
         connection: urllib3's, which the socket is for.
         """
-        self._connects += 1
-        self._connection, self._address = connection, None
-        if self._line:
-            self._line.close()
-        addresses = self._look_up(connection.host, connection.port)
-        self._start_timer(self._timer_s)
         error: OSError = OSError(errno.EHOSTUNREACH, "")
-        for index, (family, address) in enumerate(addresses):
-            left = max(0.001, self.deadline - time.monotonic())
+        for index, (family, address) in enumerate(self._addresses):
             sock = socket.socket(family, socket.SOCK_STREAM)
             try:
-                sock.settimeout(left / (len(addresses) - index))
+                sock.settimeout(self.left_s() / (len(self._addresses) - index))
                 sock.connect(address)
                 sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-                self._line = sock.dup()  # TLS will take the first handle
+                sock.settimeout(self.left_s())  # for what TLS has to say
             except OSError as failure:
                 sock.close()
                 error = failure
                 continue
-            sock.settimeout(max(0.001, self.deadline - time.monotonic()))
-            self._address, self._opened = address, time.monotonic()
+            self._connection, self._address, self._opened = connection, address, time.monotonic()
             self.local_ip = str(sock.getsockname()[0])
             return sock
         raise error
 
-    def _attempt(self, request: Request, within_s: float) -> Answer | None:
-        """Send a request; None if a kept connection was closed before anything came back."""
-        kept = getattr(self._connection, "sock", None)
-        self._line = socket.socket(fileno=os.dup(kept.fileno())) if kept else None
-        raw, connects = None, self._connects
+    def _attempt(self, request: Request, within_s: float) -> Answer:
+        """Send a request over the kept connection, else over a new one."""
+        is_kept = self._connection is not None and not is_connection_dropped(self._connection)
+        raw = None
         try:
-            self._start_timer(min(self._limit_s, within_s))
+            if not is_kept:
+                self._address, self._addresses = None, self._look_up()
+            self.deadline = time.monotonic() + min(self._limit_s, within_s)
             raw = self._send(request)
             with contextlib.closing(raw):
                 return _read_answer(raw)
         except (OSError, http.client.HTTPException, urllib3.exceptions.HTTPError,
-                ValueError, RuntimeError) as error:
-            causes = list(_causes(error))
-            self._close()
-            if any(isinstance(cause, CERTIFICATE_ERRORS) for cause in causes):
-                self._adapter = None
-            if time.monotonic() >= self.deadline:
-                return Answer(0, TIME_IS_OVER)
-            is_closed = any(isinstance(cause, CLOSED) for cause in causes)
-            if is_closed and raw is None and self._connects == connects:
-                return None
-            return Answer(0, explain(causes), is_lasting=is_lasting(causes))
-        finally:
-            self._timer.cancel()
-            if self._line:
-                self._line.close()
+                ValueError) as error:
+            causes: list[BaseException] = [error]
+            while cause := causes[-1].__context__:
+                causes.append(cause)
+        self._close()
+        if any(isinstance(cause, CERTIFICATE_ERRORS) for cause in causes):
+            self._adapter = None
+        if is_kept and raw is None and any(isinstance(cause, CLOSED) for cause in causes):
+            return self._attempt(request, within_s)  # the server had just closed it, being idle
+        return no_answer(causes)
 
     def _send(self, request: Request) -> Any:
         """Send a request; return urllib3's response, of which the headers are read."""
         if self._adapter is None:
-            secure = self._base_url.startswith("https://")
-            context = tls_context(self._ca_bundle) if secure else None
-            self._adapter = _Adapter(self.dial, context)
+            is_secure = self._base_url.startswith("https://")
+            self._adapter = _Adapter(self, tls_context(self._ca_bundle) if is_secure else None)
         headers = {
             "User-Agent": f"tinomail-agent/{VERSION}", "Accept-Encoding": "identity",
             **request.headers,
@@ -1853,66 +1809,41 @@ class Transport:
         prepared = requests.Request("POST", url, headers, data=request.body).prepare()
         return self._adapter.send(prepared, stream=True, timeout=SLOW_DEADLINE_S)
 
-    def _start_timer(self, limit_s: float) -> None:
-        self._timer.cancel()
-        self._timer_s = max(0.001, limit_s)
-        self.deadline = time.monotonic() + self._timer_s
-        self._timer = threading.Timer(self._timer_s, self._cut)
-        self._timer.daemon = True
-        self._timer.start()
-
-    def _cut(self) -> None:
-        """End the attempt; runs in the timer's thread."""
-        line = self._line
-        if line and time.monotonic() >= self.deadline:
-            with contextlib.suppress(OSError):
-                line.shutdown(socket.SHUT_RDWR)
-
     def _close(self) -> None:
         if self._adapter:
             self._adapter.poolmanager.clear()
 
-    def _look_up(self, host: str, port: int) -> list[tuple[int, tuple[Any, ...]]]:
-        """Return (family, socket address) of the dashboard, in the order to try them."""
-        self._timer.cancel()
+    def _look_up(self) -> list[tuple[int, Any]]:
+        """Return the addresses of the dashboard, in the order in which they are to be tried."""
+        parts = urlsplit(self._base_url)
+        port = parts.port or (443 if parts.scheme == "https" else 80)
         self.deadline = math.inf  # getaddrinfo() has no time limit
         try:
-            found = socket.getaddrinfo(host.strip("[]"), port, type=socket.SOCK_STREAM)
+            found = socket.getaddrinfo(parts.hostname, port, type=socket.SOCK_STREAM)
         finally:
-            self.deadline = time.monotonic() + self._timer_s
+            self.deadline = time.monotonic()
         addresses = [(family, address) for family, _, _, _, address in found]
-        return sorted(addresses, key=lambda a: (a[1] == self._worst, a[1] != self._best))
-
-    def _host_and_port(self) -> tuple[str, int]:
-        parts = urlsplit(self._base_url)
-        return parts.hostname or "", parts.port or (443 if parts.scheme == "https" else 80)
-
-
-def _nothing() -> None:
-    pass
+        return sorted(addresses, key=lambda found: self._ranks.get(found[1], 0))
 
 
 class _Adapter(requests.adapters.HTTPAdapter):
-    """requests' adapter over one connection, which `dial` makes, with our own trust."""
+    """requests' adapter over one connection, which a Transport makes, with our own trust."""
 
-    def __init__(
-        self, dial: Callable[[Any], socket.socket], context: ssl.SSLContext | None
-    ) -> None:
-        self._dial = dial
-        self._context = context
-        super().__init__(pool_connections=1, pool_maxsize=1, max_retries=0)
-
-    def init_poolmanager(self, *args: Any, **kwargs: Any) -> None:
-        super().init_poolmanager(*args, **kwargs, ssl_context=self._context)
-        dial = self._dial
-        ours = {"_new_conn": lambda self: dial(self), "response_class": _Response}
-        http_class, https_class = (
-            type("Connection", (base,), ours)
-            for base in (urllib3.connection.HTTPConnection, urllib3.connection.HTTPSConnection)
-        )
+    def __init__(self, transport: Transport, context: ssl.SSLContext | None) -> None:
+        super().__init__()
+        self.init_poolmanager(1, 1, ssl_context=context)
+        ours = {
+            "_new_conn": lambda connection: transport.dial(connection),
+            "response_class": lambda connection, *args, **named: _response(
+                transport.left_s, *args, **named
+            ),
+        }
+        classes = self.poolmanager.pool_classes_by_scheme
         self.poolmanager.pool_classes_by_scheme = {
-            "http": type("Pool", (urllib3.HTTPConnectionPool,), {"ConnectionCls": http_class}),
-            "https": type("Pool", (urllib3.HTTPSConnectionPool,), {"ConnectionCls": https_class}),
+            scheme: type("Pool", (pool,), {
+                "ConnectionCls": type("Connection", (pool.ConnectionCls,), ours)
+            })
+            for scheme, pool in classes.items()
         }
 
     def cert_verify(self, conn: Any, url: str, verify: Any, cert: Any) -> None:
@@ -1924,60 +1855,52 @@ class _Adapter(requests.adapters.HTTPAdapter):
         return resp
 
 
-# What http.client takes of an answer's head: by itself 100 lines of 64 KiB, which it parses into
-# five times as much.
-http.client._MAXLINE = 8 * 1024  # type: ignore[attr-defined]
-INTERIM = (102, 103)  # Processing, Early Hints
+class _Reader(io.RawIOBase):
+    """Reads one answer from a socket: with one time limit for all of it, and one size.
+
+    By itself, a socket's time-out starts anew with every byte that arrives, and http.client
+    takes headers of megabytes, and any number of interim answers.
+    """
+
+    def __init__(self, raw: Any, sock: socket.socket, left_s: Callable[[], float]) -> None:
+        self._raw, self._sock, self._left_s = raw, sock, left_s
+        self._count = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        self._sock.settimeout(self._left_s())
+        count: int = self._raw.readinto(buffer)
+        self._count += count
+        if self._count > 2 * ANSWER_LIMIT_BYTES:
+            raise http.client.LineTooLong("answer")
+        return count
+
+    def close(self) -> None:
+        self._raw.close()
+        super().close()
 
 
-class _Response(http.client.HTTPResponse):
-    def _read_status(self) -> tuple[str, int, str]:
-        """Skip interim answers: http.client does so for 100 alone (RFC 9110, 15.2)."""
-        while True:
-            version, status, reason = super()._read_status()  # type: ignore[misc]
-            if status not in INTERIM:
-                return version, status, reason
-            http.client.parse_headers(self.fp)
-
-    def _read_next_chunk_size(self) -> int:
-        """Refuse a negative size: http.client would read all that comes, without limit."""
-        size: int = super()._read_next_chunk_size()  # type: ignore[misc]
-        if size < 0:
-            raise http.client.HTTPException
-        return size
+def _response(left_s: Callable[[], float], sock: Any, **named: Any) -> Any:
+    """Return http.client's response, which is read from a socket in that time."""
+    response = http.client.HTTPResponse(sock, **named)
+    response.fp = io.BufferedReader(_Reader(response.fp.detach(), sock, left_s))
+    return response
 
 
 def _read_answer(raw: Any) -> Answer:
-    """Read urllib3's response: of a redirect the headers alone."""
-    is_redirect = 300 <= raw.status < 400
-    head = {name: raw.headers.get(name, "") for name in ("Server", "Date", "Retry-After",
-                                                         "Location", "Content-Encoding")}
-    body = b"" if is_redirect else _decoded(_read_body(raw), head["Content-Encoding"])
-    return Answer(raw.status, "", body, head["Server"], head["Date"], head["Retry-After"],
-                  head["Location"])
-
-
-def _read_body(raw: Any) -> bytes:
-    """Read an answer's body, at most ANSWER_LIMIT_BYTES of it."""
-    body = bytearray()
-    while len(body) < ANSWER_LIMIT_BYTES:
-        part = raw.read(8192, decode_content=False)
-        if not part:
-            if raw.length_remaining:  # urllib3 1.26 does not mind
-                raise http.client.IncompleteRead(bytes(body))
-            break
-        body += part
-    return bytes(body)
-
-
-def _decoded(body: bytes, encoding: str) -> bytes:
-    """Undo a compression that was not asked for; what it is none of stays as it is."""
-    if not encoding:
-        return body
-    try:
-        return zlib.decompressobj(47).decompress(body, ANSWER_LIMIT_BYTES)  # gzip or zlib
-    except zlib.error:
-        return body
+    """Read urllib3's response: of a redirect the headers alone, else ANSWER_LIMIT_BYTES at most."""
+    body = b""
+    if not 300 <= raw.status < 400:
+        body = raw.read(ANSWER_LIMIT_BYTES, decode_content=False)
+        if raw.length_remaining and len(body) < ANSWER_LIMIT_BYTES:  # urllib3 1.26 does not mind
+            raise http.client.IncompleteRead(body)
+    if raw.headers.get("Content-Encoding"):  # that was not asked for; some proxies do it
+        with contextlib.suppress(zlib.error):
+            body = zlib.decompressobj(47).decompress(body, ANSWER_LIMIT_BYTES)  # gzip or zlib
+    head = (raw.headers.get(name, "") for name in ("Server", "Date", "Retry-After", "Location"))
+    return Answer(raw.status, "", body, *head)
 
 
 SYSTEM_CA = "/etc/ssl/certs/ca-certificates.crt"
@@ -1985,7 +1908,7 @@ SYSTEM_CA = "/etc/ssl/certs/ca-certificates.crt"
 certifi_bundle: Callable[[], str] = requests.certs.where  # type: ignore[attr-defined]
 URLLIB3_VERSION: str = urllib3.__version__  # type: ignore[attr-defined]
 WrongName: type[Exception] = urllib3.connection.CertificateError  # type: ignore[attr-defined]
-CERTIFICATE_ERRORS = (ssl.SSLCertVerificationError, WrongName)
+is_connection_dropped: Callable[[Any], bool] = urllib3.util.connection.is_connection_dropped
 
 
 class TrustError(ValueError):
@@ -2015,93 +1938,67 @@ def tls_context(ca_bundle: str) -> ssl.SSLContext:
     raise TrustError(f"cannot use CA_BUNDLE={ca_bundle or path}: {why}")
 
 
+WRONG_NAME = 62
 # X509_V_ERR_* of openssl/x509_vfy.h: what is wrong with a certificate.
 CERTIFICATE_PROBLEMS = {
     9: "is not valid yet (are the clocks right?)",
     10: "has expired",
     18: "is self-signed",
-    19: "comes from a CA that this node does not trust",
-    20: "comes from a CA that this node does not trust",
-    21: "comes from a CA that this node does not trust",
-    24: "comes from a CA whose own certificate is no CA's",
-    26: "is not meant for a server",
-    62: "is for another name",
+    **dict.fromkeys((19, 20, 21), "comes from a CA that this node does not trust"),
+    WRONG_NAME: "is for another name",
     64: "is for another IP address",
 }
 
-TIME_IS_OVER = "no complete answer in time (a firewall, or a dashboard that hangs)"
-CLOSED_EARLY = "the connection was closed before the answer was complete"
-CLOSED = (ConnectionError, ssl.SSLEOFError, ssl.SSLZeroReturnError)
 
-# Why there was no answer, in our own words: an exception's text may hold the key. First match.
-NETWORK_PROBLEMS: tuple[tuple[Any, Callable[[Any], str]], ...] = (
-    (TrustError, str),
-    (
-        ssl.SSLCertVerificationError,
-        lambda e: "the dashboard's certificate "
-        + CERTIFICATE_PROBLEMS.get(e.verify_code, f"is bad (OpenSSL: {e.verify_message})")
-        + " (CA_BUNDLE names the CA to trust)",
-    ),
-    (
-        WrongName,
-        lambda e: f"the dashboard's certificate {CERTIFICATE_PROBLEMS[62]}"
-        " (CA_BUNDLE names the CA to trust)",
-    ),
-    (socket.gaierror, lambda e: "the name in DASHBOARD_URL cannot be resolved"),
-    (TimeoutError, lambda e: TIME_IS_OVER),
-    (ConnectionRefusedError, lambda e: "connection refused"),
-    ((*CLOSED, http.client.IncompleteRead), lambda e: CLOSED_EARLY),
-    (
-        ssl.SSLError,
-        lambda e: f"TLS failed ({e.reason or 'no reason given'}); is this an https:// address?",
-    ),
-    (http.client.LineTooLong, lambda e: "the headers of the answer are too long"),
-    (http.client.HTTPException, lambda e: "the answer is not HTTP; is DASHBOARD_URL right?"),
-    (RuntimeError, lambda e: "no thread can be started (TasksMax of the unit, or the machine's)"),
+def certificate_problem(error: Any) -> str:
+    """Say what is wrong with a certificate; urllib3 1.26 has no code for a wrong name."""
+    code = getattr(error, "verify_code", WRONG_NAME)
+    problem = CERTIFICATE_PROBLEMS.get(code) or f"is bad (OpenSSL: {error.verify_message})"
+    return f"the dashboard's certificate {problem} (CA_BUNDLE names the CA to trust)"
+
+
+CERTIFICATE_ERRORS = (ssl.SSLCertVerificationError, WrongName)
+CLOSED = (ConnectionError, ssl.SSLEOFError, ssl.SSLZeroReturnError)
+TIME_IS_OVER = "no complete answer in time (a firewall, or a dashboard that hangs)"
+
+# Why there was no answer: exceptions, whether waiting does not mend it, and our own words for it,
+# since an exception's text may hold the key. The first row that fits counts.
+NETWORK_PROBLEMS: tuple[tuple[Any, Any, Any], ...] = (
+    (TrustError, True, str),
+    (CERTIFICATE_ERRORS, True, certificate_problem),
+    (socket.gaierror, lambda e: e.errno != socket.EAI_AGAIN,
+     "the name in DASHBOARD_URL cannot be resolved"),
+    (TimeoutError, False, TIME_IS_OVER),
+    (ConnectionRefusedError, False, "connection refused"),
+    ((*CLOSED, http.client.IncompleteRead), False,
+     "the connection was closed before the answer was complete"),
+    (ssl.SSLError, True,
+     lambda e: f"TLS failed ({e.reason or 'no reason given'}); is this an https:// address?"),
+    (http.client.LineTooLong, True, "the answer is too long"),
+    (http.client.HTTPException, True, "the answer is not HTTP; is DASHBOARD_URL right?"),
 )
 
 
-def explain(causes: list[BaseException]) -> str:
+def no_answer(causes: list[BaseException]) -> Answer:
     """Say why there was no answer, without a word of an exception's own text."""
-    for kind, words in NETWORK_PROBLEMS:
+    for kinds, is_lasting, words in NETWORK_PROBLEMS:
         for cause in causes:
-            if isinstance(cause, kind):
-                return words(cause)
+            if isinstance(cause, kinds):
+                return Answer(
+                    0, words(cause) if callable(words) else words,
+                    is_lasting=is_lasting(cause) if callable(is_lasting) else is_lasting,
+                )
     codes = [c.errno for c in causes if isinstance(c, OSError) and isinstance(c.errno, int)]
-    kind_name = type(causes[0]).__name__
-    return os.strerror(codes[-1]) if codes else f"the request failed ({kind_name})"
-
-
-def is_lasting(causes: list[BaseException]) -> bool:
-    """Tell whether waiting does not mend it: a certificate, TLS, a name that does not exist."""
-    passing = (*CLOSED, TimeoutError, http.client.IncompleteRead)
-    lasting = (TrustError, WrongName, ssl.SSLError, http.client.HTTPException)
-    for cause in causes:
-        if isinstance(cause, socket.gaierror):
-            return cause.errno != socket.EAI_AGAIN
-        if isinstance(cause, (*passing, *lasting)):
-            return not isinstance(cause, passing)
-    return False
-
-
-def _causes(error: BaseException) -> Iterator[BaseException]:
-    seen: list[BaseException] = []
-    ahead: list[Any] = [error]
-    while ahead:
-        one = ahead.pop(0)
-        if isinstance(one, BaseException) and not any(one is other for other in seen):
-            seen.append(one)
-            yield one
-            ahead += [one.__cause__, one.__context__, getattr(one, "reason", None), *one.args]
+    kind = type(causes[0]).__name__
+    return Answer(0, os.strerror(codes[-1]) if codes else f"the request failed ({kind})")
 
 
 # --- state on disk -----------------------------------------------------------------------
 
 
-STATE_DIRECTORY = "STATE_DIRECTORY"  # by this name the log speaks of it when it hangs
-SAMPLE_LIMIT_BYTES = 64 * 1024  # of a file; of the JSON in it: 16 times that
+STATE_DIRECTORY = "STATE_DIRECTORY"  # its name in the log when it hangs
+FILE_LIMIT_BYTES = 64 * 1024  # of a file with a sample; of the JSON in it: 16 times that
 SAMPLE_FILE = re.compile(r"(\d{12,18})\.sample")
-TIMESTAMP = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z")
 
 
 class SavedSamples(NamedTuple):
@@ -2113,14 +2010,15 @@ class SavedSamples(NamedTuple):
 
 
 class State:
-    """What outlives the process, below STATE_DIRECTORY: the samples that wait.
+    """What outlives the process: the samples that wait, one in each file buffer/SEQ.sample.
 
-    buffer/SEQ.sample holds a sample as it is in memory. Nothing is synced, the disk is the mail
-    server's: a power cut may damage files, and may bring back those that were deleted last.
+    Nothing is synced, since the disk is the mail server's: a power cut may damage files, and
+    may bring back those that were deleted last.
     """
 
     def __init__(self, folder: str) -> None:
         self._buffer = os.path.join(folder, "buffer")
+        self._new = os.path.join(self._buffer, "new")  # the file that is being written
 
     def load(self, known: Container[int] = ()) -> SavedSamples:
         """Read the saved samples, but for those whose number is known.
@@ -2130,31 +2028,30 @@ class State:
         samples, damaged, unread = [], 0, ""
         try:
             with os.scandir(self._buffer) as entries:
-                files = [entry for entry in entries if entry.is_file(follow_symlinks=False)]
+                names = [entry.name for entry in entries if entry.is_file(follow_symlinks=False)]
         except OSError as error:
             return SavedSamples([], 0, "" if error.errno == errno.ENOENT else _reason(error))
-        for entry in sorted(files, key=lambda entry: entry.name):
-            found = SAMPLE_FILE.fullmatch(entry.name)
-            if found is None:
-                if entry.name.endswith(".sample.new"):  # half written when we were killed
-                    _unlink(entry.path)
-            elif int(found[1]) not in known:
-                try:
-                    packed = read_bytes(entry.path, SAMPLE_LIMIT_BYTES + 1)
-                except OSError as error:
-                    unread = _reason(error)
-                    continue
-                sample = read_sample(int(found[1]), packed)
-                if sample:
-                    samples.append(sample)
-                else:
-                    damaged += 1
-                    _unlink(entry.path)
+        found = filter(None, map(SAMPLE_FILE.fullmatch, sorted(names)))
+        for seq in (int(name[1]) for name in found if int(name[1]) not in known):
+            try:
+                packed = read_bytes(self._path(seq), FILE_LIMIT_BYTES + 1)
+            except OSError as error:
+                unread = _reason(error)
+                continue
+            if sample := read_sample(seq, packed):
+                samples.append(sample)
+            else:
+                damaged += 1
+                with contextlib.suppress(OSError):
+                    self.remove(seq)
         return SavedSamples(samples, damaged, unread)
 
     def write(self, sample: Sample) -> None:
         """Write a sample so that it is there as a whole or not at all. Raises OSError."""
-        self._replace(self._path(sample.seq), sample.packed)
+        os.makedirs(self._buffer, exist_ok=True)
+        with open(self._new, "wb") as stream:
+            stream.write(sample.packed)
+        os.replace(self._new, self._path(sample.seq))
 
     def remove(self, seq: int) -> None:
         """Remove the file of a sample, if there is one. Raises OSError."""
@@ -2164,72 +2061,46 @@ class State:
     def _path(self, seq: int) -> str:
         return os.path.join(self._buffer, f"{seq:012}.sample")
 
-    @staticmethod
-    def _replace(path: str, data: bytes) -> None:
-        os.makedirs(os.path.dirname(path), exist_ok=True)
-        try:
-            with open(f"{path}.new", "wb", buffering=0) as stream:
-                if stream.write(data) != len(data):
-                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            os.replace(f"{path}.new", path)
-        except OSError:
-            _unlink(f"{path}.new")
-            raise
-
-
-def _unlink(path: str) -> None:
-    with contextlib.suppress(OSError):
-        os.unlink(path)
-
 
 def read_sample(seq: int, packed: bytes) -> Sample | None:
     """Return the sample that a file holds, None if the file is damaged or holds none."""
-    inflate = zlib.decompressobj()
     try:
-        body = json.loads(inflate.decompress(packed, 16 * SAMPLE_LIMIT_BYTES))
-        parts = [body.get(name, {}) for name in ("system", "processes", "services", "agent")]
-        is_sample = (
-            inflate.eof and not inflate.unused_data and isinstance(body["role"], str)
-            and "system" in body and all(isinstance(part, dict) for part in parts)
-            and TIMESTAMP.fullmatch(body["timestamp"])
-        )
-        services_of(join(body))
+        neutral = unpack(packed)
+        sample = Sample(seq, neutral["role"], packed)
         for dialect in DIALECTS.values():  # what can be rendered now can be each time
-            _json(dialect.body(body, "")), _json(dialect.queue(body, ""))
+            dialect.register(packed, "", "", "")
+            _json(dialect.body(neutral, "")), _json(dialect.queue(neutral, ""))
     except Exception:  # whatever a file may hold: it must not stop the start
         return None
-    return Sample(seq, body["role"], packed) if is_sample else None
+    return sample
 
 
-# 1.0.0 drops a row with a column that it does not know: after a downgrade, all services and disks.
-# In a packed sample these columns stand beside the rows, in the order of _rows().
+# 1.0.0 drops a row with a column that it does not know. After a downgrade it finds the rows
+# without these; the sample as it was taken is in `whole`, which it ignores.
 LATER_COLUMNS = ("uptime_seconds", "inodes_used_percent", "read_only")
 
 
-def _rows(sample: Mapping[str, Any]) -> list[dict[str, Any]]:
-    return [*sample.get("processes", {}).values(), *sample["system"].get("disks", ())]
-
-
 def pack(sample: Mapping[str, Any]) -> bytes:
-    body, rows = {**sample, "system": {**sample["system"]}}, _rows(sample)
-    body["later"] = [{name: row[name] for name in LATER_COLUMNS if name in row} for row in rows]
-    known = ({n: value for n, value in row.items() if n not in LATER_COLUMNS} for row in rows)
-    if "processes" in sample:
-        body["processes"] = dict(zip(sample["processes"], known))
-    if "disks" in sample["system"]:
-        body["system"]["disks"] = list(known)
-    return zlib.compress(json.dumps(body, separators=(",", ":"), allow_nan=False).encode())
+    def older(row: Mapping[str, Any]) -> dict[str, Any]:
+        return {name: value for name, value in row.items() if name not in LATER_COLUMNS}
+
+    system = sample["system"]
+    return zlib.compress(_json({
+        **sample,
+        "processes": {name: older(row) for name, row in sample.get("processes", {}).items()},
+        "system": {**system, "disks": [older(row) for row in system.get("disks", ())]},
+        "whole": sample,
+    }))
 
 
 def unpack(packed: bytes) -> dict[str, Any]:
-    return join(json.loads(zlib.decompress(packed)))
-
-
-def join(body: dict[str, Any]) -> dict[str, Any]:
-    """Put the columns of a packed sample that stand beside its rows into them."""
-    for row, columns in zip(_rows(body), body.pop("later", ())):
-        row.update(columns)
-    return body
+    """Return the sample that pack() was given, or that an older version packed."""
+    inflate = zlib.decompressobj()
+    body = json.loads(inflate.decompress(packed, 16 * FILE_LIMIT_BYTES))
+    if not inflate.eof:
+        raise ValueError("its end is missing")
+    whole: dict[str, Any] = body.get("whole", body)
+    return whole
 
 
 def iso_utc(epoch_s: float) -> str:
@@ -4216,7 +4087,7 @@ def try_dashboard(config: Config, transport: Transport, sample: Sample) -> tuple
         return 1, "FAILED: the host name is not set yet: set NODE_ID, or the host name"
     dialect, key, started = DIALECTS[config.dashboard_api], config.api_key, time.monotonic()
     ip = transport.route_ip()
-    answer = transport.post(dialect.register(node_of(config.node_id, sample, ip), key))
+    answer = transport.post(dialect.register(sample.packed, config.node_id, ip, key))
     verdict = judge_registration(answer, key, dialect.hints)
     if verdict.outcome is not Outcome.DELIVERED:
         return check_code(answer, verdict), f"FAILED: {verdict}"

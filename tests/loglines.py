@@ -1,7 +1,7 @@
 """Every text that the agent can log, found in its source.
 
 A text reaches the log through `log.warning(...)` and its like: written there, or handed on by
-functions (Problems.begin), fields (Verdict.problem), tables (STATUS_ADVICE), exceptions, lists and
+functions (Problems.begin), fields (Verdict.problem), tables (RULES), exceptions, lists and
 return values. texts() starts at the calls of `log` and follows each value back to where its words
 were written. It goes by names alone, without types: where two functions have the same name, it
 follows both. So it may find a text that is never logged; it raises on what it does not know.

@@ -233,7 +233,7 @@ NEW_LINES = (
     'self._missing("new text", "why")',
     'return Verdict(Outcome.KEPT, problem="new text")',
     'return dataclasses.replace(verdict, detail="new text")',
-    'Hint((401,), b"", Outcome.KEPT, "new text")',
+    'Rule((401,), Outcome.KEPT, "new text")',
     'Answer(0, "new text")',
     'raise OSError(errno.EREMOTE, "new text")',
     'raise ValueError("new text")',
@@ -254,7 +254,7 @@ def test_a_new_line_is_seen_wherever_it_is_written() -> None:
 
 
 def test_a_new_row_of_a_table_needs_a_row() -> None:
-    source = f'{SOURCE}\nSTATUS_ADVICE[418] = "something new"\n'
+    source = f'{SOURCE}\nCERTIFICATE_PROBLEMS[99] = "something new"\n'
     missing, _ = unexplained(source, explained())
     assert [text.words for text in missing] == ["something new"]
 

@@ -1352,7 +1352,7 @@ def is_failure(body: bytes) -> bool:
 
 
 class Rule(NamedTuple):
-    """What an answer means that has one of these statuses, and such a body."""
+    """What an answer with one of these statuses and such a body leads to."""
 
     statuses: Container[int]
     outcome: Outcome
@@ -1367,8 +1367,8 @@ class Rule(NamedTuple):
 
 NOT_THE_DASHBOARD = "this is not the dashboard's answer: is DASHBOARD_URL right?"
 
-# The first rule that fits counts. Only the dashboard speaks JSON: a proxy, a CDN or a captive
-# portal gives the same statuses for reasons of its own.
+# The first rule that fits counts; those of a dialect (`hints`) come before these. Only the
+# dashboard speaks JSON: a proxy, a CDN or a captive portal may answer with the same statuses.
 RULES = (
     Rule(range(200, 300), Outcome.KEPT, body=is_failure, note=", but reports a failure"),
     Rule(range(200, 300), Outcome.DELIVERED, body=is_json),
@@ -1392,7 +1392,7 @@ Judge = Callable[["Answer", str, "tuple[Rule, ...]"], Verdict]
 
 
 def judge(answer: Answer, key: str, hints: tuple[Rule, ...] = ()) -> Verdict:
-    """Return the verdict on the answer to a sample; a dialect's hints are rules that come first."""
+    """Return the verdict on the answer to a sample."""
     if answer.status == 0:
         return Verdict(Outcome.RETRY, answer.reason)
     rule = next(r for r in (*hints, *RULES) if r.fits(answer.status, answer.body))
@@ -1434,7 +1434,7 @@ def confirmed_id(body: bytes) -> str | None:
     for name in ("node_id", "nodeId", "id"):
         for place in (top, top.get("data")):
             value = place.get(name) if isinstance(place, dict) else None
-            if isinstance(value, (str, int)) and not isinstance(value, bool) and str(value).strip():
+            if type(value) in (str, int) and str(value).strip():
                 return str(value)[:255]
     return None
 
@@ -1692,18 +1692,18 @@ class Answer:
 class Transport:
     """Posts to the dashboard over one kept-alive connection; takes nothing from the environment.
 
-    A request goes through requests' adapter alone: its session would follow redirects, keep
-    cookies, and decompress without limit.
+    A request goes through requests' adapter alone: a session of requests would follow redirects,
+    keep cookies, and decompress without limit.
     """
 
     def __init__(self, base_url: str, ca_bundle: str = "") -> None:
         self._base_url = base_url
         self._ca_bundle = ca_bundle
         self._adapter: _Adapter | None = None  # None: the CA files are to be read (again)
-        self._connection: Any = None  # urllib3's, the last one
-        self._opened = 0.0  # monotonic: since when it is there
+        self._connection: Any = None  # urllib3's; it may be closed by now
+        self._opened = 0.0  # monotonic: when it was opened
         self._limit_s = REQUEST_DEADLINE_S  # of an attempt
-        self._addresses: list[tuple[int, Any]] = []  # (family, socket address), in order
+        self._addresses: list[tuple[int, Any]] = []  # (family, socket address)
         self._address: Any = None  # of the connection
         self._ranks: dict[Any, int] = {}  # by address: -1 if it is good, 1 if it failed since then
         self.local_ip: str | None = None  # this machine's address, of the last connection
@@ -1763,7 +1763,7 @@ class Transport:
                 sock.settimeout(self.left_s() / (len(self._addresses) - index))
                 sock.connect(address)
                 sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-                sock.settimeout(self.left_s())  # for what TLS has to say
+                sock.settimeout(self.left_s())  # for TLS's handshake
             except OSError as failure:
                 sock.close()
                 error = failure
@@ -1793,7 +1793,7 @@ class Transport:
         if any(isinstance(cause, CERTIFICATE_ERRORS) for cause in causes):
             self._adapter = None
         if is_kept and raw is None and any(isinstance(cause, CLOSED) for cause in causes):
-            return self._attempt(request, within_s)  # the server had just closed it, being idle
+            return self._attempt(request, within_s)  # the server has just closed it: it was idle
         return no_answer(causes)
 
     def _send(self, request: Request) -> Any:
@@ -1827,7 +1827,7 @@ class Transport:
 
 
 class _Adapter(requests.adapters.HTTPAdapter):
-    """requests' adapter over one connection, which a Transport makes, with our own trust."""
+    """requests' adapter, whose connections a Transport opens, with our own trust."""
 
     def __init__(self, transport: Transport, context: ssl.SSLContext | None) -> None:
         super().__init__()
@@ -1856,10 +1856,10 @@ class _Adapter(requests.adapters.HTTPAdapter):
 
 
 class _Reader(io.RawIOBase):
-    """Reads one answer from a socket: with one time limit for all of it, and one size.
+    """Reads one answer from a socket, with a time limit and a size limit for all of it.
 
-    By itself, a socket's time-out starts anew with every byte that arrives, and http.client
-    takes headers of megabytes, and any number of interim answers.
+    A socket's own time-out starts anew with every byte that arrives. http.client alone reads
+    headers of 6 MB, interim answers without end, and a chunk of negative size without limit.
     """
 
     def __init__(self, raw: Any, sock: socket.socket, left_s: Callable[[], float]) -> None:
@@ -1883,7 +1883,7 @@ class _Reader(io.RawIOBase):
 
 
 def _response(left_s: Callable[[], float], sock: Any, **named: Any) -> Any:
-    """Return http.client's response, which is read from a socket in that time."""
+    """Return http.client's response, with a _Reader below it."""
     response = http.client.HTTPResponse(sock, **named)
     response.fp = io.BufferedReader(_Reader(response.fp.detach(), sock, left_s))
     return response
@@ -1896,7 +1896,7 @@ def _read_answer(raw: Any) -> Answer:
         body = raw.read(ANSWER_LIMIT_BYTES, decode_content=False)
         if raw.length_remaining and len(body) < ANSWER_LIMIT_BYTES:  # urllib3 1.26 does not mind
             raise http.client.IncompleteRead(body)
-    if raw.headers.get("Content-Encoding"):  # that was not asked for; some proxies do it
+    if raw.headers.get("Content-Encoding"):  # the agent asks for none, but some proxies compress
         with contextlib.suppress(zlib.error):
             body = zlib.decompressobj(47).decompress(body, ANSWER_LIMIT_BYTES)  # gzip or zlib
     head = (raw.headers.get(name, "") for name in ("Server", "Date", "Retry-After", "Location"))
@@ -1961,8 +1961,8 @@ CERTIFICATE_ERRORS = (ssl.SSLCertVerificationError, WrongName)
 CLOSED = (ConnectionError, ssl.SSLEOFError, ssl.SSLZeroReturnError)
 TIME_IS_OVER = "no complete answer in time (a firewall, or a dashboard that hangs)"
 
-# Why there was no answer: exceptions, whether waiting does not mend it, and our own words for it,
-# since an exception's text may hold the key. The first row that fits counts.
+# Why there was no answer: an exception, whether it is lasting (waiting does not help), and our own
+# words, since an exception's text may hold the key. The first row that fits counts.
 NETWORK_PROBLEMS: tuple[tuple[Any, Any, Any], ...] = (
     (TrustError, True, str),
     (CERTIFICATE_ERRORS, True, certificate_problem),
@@ -2075,8 +2075,8 @@ def read_sample(seq: int, packed: bytes) -> Sample | None:
     return sample
 
 
-# 1.0.0 drops a row with a column that it does not know. After a downgrade it finds the rows
-# without these; the sample as it was taken is in `whole`, which it ignores.
+# 1.0.0 drops a process or a disk that has a column which it does not know. So that a downgrade
+# loses none, they are saved without these columns, and the whole sample once more beside them.
 LATER_COLUMNS = ("uptime_seconds", "inodes_used_percent", "read_only")
 
 

@@ -1370,11 +1370,11 @@ NOT_THE_DASHBOARD = "this is not the dashboard's answer: is DASHBOARD_URL right?
 # The first rule that fits counts; those of a dialect (`hints`) come before these. Only the
 # dashboard speaks JSON: a proxy, a CDN or a captive portal may answer with the same statuses.
 RULES = (
-    Rule(range(200, 300), Outcome.KEPT, body=is_failure, note=", but reports a failure"),
+    Rule(range(200, 300), Outcome.KEPT, body=is_failure, note="but reports a failure"),
     Rule(range(200, 300), Outcome.DELIVERED, body=is_json),
     Rule((201, 202, 204), Outcome.DELIVERED, body=is_empty),
     Rule(range(200, 300), Outcome.KEPT, NOT_THE_DASHBOARD),
-    Rule(range(300, 400), Outcome.KEPT, note=", a redirect: correct DASHBOARD_URL"),
+    Rule(range(300, 400), Outcome.KEPT, note="a redirect: correct DASHBOARD_URL"),
     Rule((401,), Outcome.KEPT,
          "the dashboard does not accept API_KEY: set the key that it gave out"),
     Rule((403,), Outcome.KEPT, "the dashboard forbids it: look there for a blocked key or node"),
@@ -1397,7 +1397,10 @@ def judge(answer: Answer, key: str, hints: tuple[Rule, ...] = ()) -> Verdict:
         return Verdict(Outcome.RETRY, answer.reason)
     rule = next(r for r in (*hints, *RULES) if r.fits(answer.status, answer.body))
     server = printable(answer.server, key, HEADER_CHARS)
-    problem = f"answered {answer.status}" + (f" (Server: {server})" if server else "") + rule.note
+    problem = (
+        f"answered {answer.status}" + (f" (Server: {server})" if server else "")
+        + (f", {rule.note}" if rule.note else "")
+    )
     if 300 <= answer.status < 400:
         detail = printable(answer.location, key, HEADER_CHARS)
     else:
@@ -2098,7 +2101,7 @@ def unpack(packed: bytes) -> dict[str, Any]:
     inflate = zlib.decompressobj()
     body = json.loads(inflate.decompress(packed, 16 * FILE_LIMIT_BYTES))
     if not inflate.eof:
-        raise ValueError("its end is missing")
+        raise ValueError
     whole: dict[str, Any] = body.get("whole", body)
     return whole
 

@@ -46,6 +46,7 @@ class Start:
         self._environ = {
             "PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT), "DASHBOARD_URL": dashboard.url,
             "DASHBOARD_API": dashboard.api, "API_KEY": KEY, "NODE_ROLE": "haraka",
+            "ZONEMTA_URL": "off",  # one may run on this machine
             "CHECK_PORTS": "1",
         }
 

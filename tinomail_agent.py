@@ -1837,9 +1837,7 @@ class _Adapter(requests.adapters.HTTPAdapter):
         self.init_poolmanager(1, 1, ssl_context=context)
         ours = {
             "_new_conn": lambda connection: transport.dial(connection),
-            "response_class": lambda connection, *args, **named: _response(
-                transport.left_s, *args, **named
-            ),
+            "response_class": lambda connection, sock, **named: _response(transport, sock, **named),
         }
         classes = self.poolmanager.pool_classes_by_scheme
         self.poolmanager.pool_classes_by_scheme = {
@@ -1885,10 +1883,10 @@ class _Reader(io.RawIOBase):
         super().close()
 
 
-def _response(left_s: Callable[[], float], sock: Any, **named: Any) -> Any:
+def _response(transport: Transport, sock: Any, **named: Any) -> Any:
     """Return http.client's response, with a _Reader below it."""
     response = http.client.HTTPResponse(sock, **named)
-    response.fp = io.BufferedReader(_Reader(response.fp.detach(), sock, left_s))
+    response.fp = io.BufferedReader(_Reader(response.fp.detach(), sock, transport.left_s))
     return response
 
 

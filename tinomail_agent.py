@@ -2068,9 +2068,10 @@ def read_sample(seq: int, packed: bytes) -> Sample | None:
     try:
         neutral = unpack(packed)
         sample = Sample(seq, neutral["role"], packed)
-        for dialect in DIALECTS.values():  # what can be rendered now can be each time
-            dialect.register(packed, "", "", "")
-            _json(dialect.body(neutral, "")), _json(dialect.queue(neutral, ""))
+        for dialect in DIALECTS.values():  # what can be rendered now can be rendered each time
+            _json(dialect.node(neutral, "", ""))
+            _json(dialect.body(neutral, ""))
+            _json(dialect.queue(neutral, ""))
     except Exception:  # whatever a file may hold: it must not stop the start
         return None
     return sample

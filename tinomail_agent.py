@@ -1964,11 +1964,10 @@ TIME_IS_OVER = "no complete answer in time (a firewall, or a dashboard that hang
 
 # Why there was no answer: an exception, whether it is lasting (waiting does not help), and our own
 # words, since an exception's text may hold the key. The first row that fits counts.
-NETWORK_PROBLEMS: tuple[tuple[Any, Any, Any], ...] = (
+NETWORK_PROBLEMS: tuple[tuple[Any, bool, str | Callable[[Any], str]], ...] = (
     (TrustError, True, str),
     (CERTIFICATE_ERRORS, True, certificate_problem),
-    (socket.gaierror, lambda e: e.errno != socket.EAI_AGAIN,
-     "the name in DASHBOARD_URL cannot be resolved"),
+    (socket.gaierror, True, "the name in DASHBOARD_URL cannot be resolved"),
     (TimeoutError, False, TIME_IS_OVER),
     (ConnectionRefusedError, False, "connection refused"),
     ((*CLOSED, http.client.IncompleteRead), False,
@@ -1985,10 +1984,10 @@ def no_answer(causes: list[BaseException]) -> Answer:
     for kinds, is_lasting, words in NETWORK_PROBLEMS:
         for cause in causes:
             if isinstance(cause, kinds):
-                return Answer(
-                    0, words(cause) if callable(words) else words,
-                    is_lasting=is_lasting(cause) if callable(is_lasting) else is_lasting,
-                )
+                if getattr(cause, "errno", None) == socket.EAI_AGAIN:  # no name server answers
+                    is_lasting = False
+                reason = words(cause) if callable(words) else words
+                return Answer(0, reason, is_lasting=is_lasting)
     codes = [c.errno for c in causes if isinstance(c, OSError) and isinstance(c.errno, int)]
     kind = type(causes[0]).__name__
     return Answer(0, os.strerror(codes[-1]) if codes else f"the request failed ({kind})")

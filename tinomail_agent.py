@@ -492,14 +492,14 @@ class Collector:
 class Sample:
     """One neutral sample, on its way from the collector to the dashboard."""
 
-    seq: int  # the time in milliseconds since 1970 at which it was taken; unique in a buffer
+    seq: int  # the time at which it was taken, in ms since 1970; unique in a buffer
     role: str  # of the node at that time
-    packed: bytes  # zlib over the JSON of the sample: no node id, no dialect
+    packed: bytes  # JSON compressed by zlib, without node id and dialect
 
 
 @dataclass(frozen=True, slots=True)
 class Counters:
-    """sampled + loaded = delivered + refused + dropped + waiting, at every moment."""
+    """At every moment: sampled + loaded = delivered + refused + dropped + waiting."""
 
     sampled: int
     delivered: int
@@ -510,39 +510,38 @@ class Counters:
 
 
 class Buffer:
-    """The undelivered samples: a ring, and a queue that wakes the sender.
+    """The undelivered samples: a ring in memory, its copy on disk, and a queue of wake-ups.
 
-    A full ring drops its oldest sample, never the one that is just being posted. With a State,
-    what does not leave at once is saved below STATE_DIRECTORY, by a Worker: a disk that hangs
-    holds nobody up, and the samples wait in memory.
+    A full ring drops its oldest sample, but never the one that is being posted. With a State,
+    save() copies the ring to STATE_DIRECTORY. A Worker does so: while the disk hangs, nobody
+    waits for it, and the samples stay in memory.
     """
 
     def __init__(self, size: int, state: State | None = None) -> None:
         self._size = size
         self._state = state
         self._worker = Worker(DISK_LIMIT_S, Problems())
-        self._disk_problems = Problems()  # of _write_files(), of which one runs at a time
+        self._disk_problems = Problems()  # of the worker's thread
         self._is_loaded = state is None
         self.is_closed = False
-        self._news: queue.Queue[None] = queue.Queue()
-        # Guards everything below; nothing blocks under it.
+        self._news: queue.Queue[None] = queue.Queue()  # put() and close() wake wait()
+        # The lock guards everything below. Nothing blocks while it is held.
         self._lock = threading.Lock()
         self._ring: dict[int, Sample] = {}  # by seq, oldest first
-        self._unsaved: set[int] = set()  # of the ring: to be written
-        self._on_disk: set[int] = set()  # those with a file, or with one that is being written
-        self._stale_files: set[int] = set()  # of samples that left the ring
-        self._in_flight: int | None = None
+        self._files: set[int] = set()  # the seq of each file on disk
+        self._save_until = 0  # samples up to this seq are to have a file
+        self._in_flight: int | None = None  # the sample that is being posted
         self._last_seq = 0
-        self._sampled = self._loaded = self._delivered = self._refused = self._dropped = 0
+        self._count = dict.fromkeys(("sampled", "loaded", "delivered", "refused", "dropped"), 0)
 
     def put(self, sample: Sample) -> None:
-        """Add a new sample; while others wait it is saved at once."""
+        """Add a new sample and wake the sender. While others wait, save it first."""
         with self._lock:
             is_behind = bool(self._ring)
             sample = dataclasses.replace(sample, seq=max(sample.seq, self._last_seq + 1))
             self._last_seq = sample.seq
-            self._sampled += 1
             self._ring[sample.seq] = sample
+            self._count["sampled"] += 1
             self._make_room()
         if is_behind:
             self.save()
@@ -550,19 +549,11 @@ class Buffer:
 
     def _make_room(self) -> None:
         while len(self._ring) > self._size:
-            self._leave(next(seq for seq in self._ring if seq != self._in_flight))
-            self._dropped += 1
-
-    def _leave(self, seq: int) -> None:
-        """Take a sample out of the ring, and note whether it leaves a file behind."""
-        del self._ring[seq]
-        self._unsaved.discard(seq)
-        if seq in self._on_disk:
-            self._on_disk.discard(seq)
-            self._stale_files.add(seq)
+            del self._ring[next(seq for seq in self._ring if seq != self._in_flight)]
+            self._count["dropped"] += 1
 
     def close(self) -> None:
-        """Say that no more samples will come; ends a wait() that is under way."""
+        """Say that no more samples will come; end a wait() that is under way."""
         self.is_closed = True
         self._news.put(None)
 
@@ -570,15 +561,10 @@ class Buffer:
         """Block until a sample comes, close() is called, or the time is over."""
         with contextlib.suppress(queue.Empty):
             self._news.get(timeout=max(0.0, min(timeout_s, threading.TIMEOUT_MAX)))
-            while True:  # those that came meanwhile are no news any more
-                self._news.get_nowait()
 
     def counters(self) -> Counters:
         with self._lock:
-            return Counters(
-                self._sampled, self._delivered, self._refused, self._dropped, len(self._ring),
-                self._loaded,
-            )
+            return Counters(waiting=len(self._ring), **self._count)
 
     # - for the sender
 
@@ -586,11 +572,11 @@ class Buffer:
         with self._lock:
             return next(reversed(self._ring.values()), None)
 
-    def oldest(self, *, last: Container[int] = (), skip: Container[int] = ()) -> Sample | None:
-        """Return the oldest sample that is not in `skip`, those in `last` after all others."""
+    def oldest(self, count: int, last: Container[int] = ()) -> list[Sample]:
+        """Return the oldest samples; those whose seq is in `last` come after all others."""
         with self._lock:
             order = sorted(self._ring, key=lambda seq: (seq in last, seq))
-            return next((self._ring[seq] for seq in order if seq not in skip), None)
+            return [self._ring[seq] for seq in order[:count]]
 
     def get(self, seq: int) -> Sample | None:
         with self._lock:
@@ -598,94 +584,83 @@ class Buffer:
 
     def begin_post(self, sample: Sample) -> None:
         """Keep a full ring from dropping this sample until settle()."""
-        self._in_flight = sample.seq
+        with self._lock:
+            self._in_flight = sample.seq
 
     def settle(self, sample: Sample, *, delivered: bool = False, refused: bool = False) -> None:
-        """End what begin_post() began: the sample leaves if delivered or refused, else it stays."""
+        """End what begin_post() began. The sample leaves if delivered or refused, else it stays."""
         with self._lock:
             self._in_flight = None
             if sample.seq in self._ring and (delivered or refused):
-                self._leave(sample.seq)
-                self._delivered += delivered
-                self._refused += refused
+                del self._ring[sample.seq]
+                self._count["delivered" if delivered else "refused"] += 1
         self._sync()
 
     # - the copy on disk
 
     def load(self) -> None:
-        """Add the samples that an earlier run left on disk; those that cannot be read later on."""
-        if self._state:
-            self._worker.run({STATE_DIRECTORY: self._write_files}, LOAD_LIMIT_S)
+        """Add the samples that an earlier run left on disk; later, if they cannot be read now."""
+        self._sync(LOAD_LIMIT_S)
 
     def save(self) -> None:
-        """Have all that waits on disk. A disk that fails is tried again the next time."""
+        """Write all samples that wait. What the disk does not take is tried again later."""
         with self._lock:
-            self._unsaved = self._ring.keys() - self._on_disk
+            self._save_until = self._last_seq
         self._sync()
 
-    def _sync(self) -> None:
-        is_due = self._stale_files or self._unsaved or self._worker.hanging()
-        if self._state and (is_due or not self._is_loaded):
-            self._worker.run({STATE_DIRECTORY: self._write_files})
+    def _sync(self, limit_s: float = DISK_LIMIT_S) -> None:
+        is_due = self._due_files() or not self._is_loaded or self._worker.hanging()
+        if self._state and is_due:
+            self._worker.run({STATE_DIRECTORY: self._sync_files}, limit_s)
 
-    def _write_files(self) -> None:
-        """Load, write and remove what is due; runs in the worker, one call at a time."""
+    def _due_files(self) -> list[int]:
+        """Return the seq of each file to remove, then of each to write: removing makes room."""
+        with self._lock:
+            wanted = {seq for seq in self._ring if seq <= self._save_until}
+            return [*sorted(self._files - self._ring.keys()), *sorted(wanted - self._files)]
+
+    def _sync_files(self) -> None:
+        """Read the files once, then remove and write what is due. Runs in the worker."""
         assert self._state is not None
         if not self._is_loaded:
             self._read_files(self._state)
-        stuck: set[int] = set()  # a file that cannot be removed holds up no other one
-        problem = None
-        while (due := self._next_file()) is not None:
-            seq, sample = due
-            problem = problem or ""
+        failed: set[int] = set()
+        has_worked = False
+        while due := [seq for seq in self._due_files() if seq not in failed]:
+            sample = self.get(due[0])
             try:
                 if sample:
                     self._state.write(sample)
                 else:
-                    self._state.remove(seq)
+                    self._state.remove(due[0])
             except OSError as error:
                 problem = f"cannot write undelivered samples to disk: {_reason(error)}"
+                self._disk_problems.begin("disk", problem)
+                failed.add(due[0])
                 if sample:
-                    with self._lock:
-                        self._on_disk.discard(seq)
-                    break
-                stuck.add(seq)
-        with self._lock:
-            self._stale_files |= stuck
-        if problem:
-            self._disk_problems.begin("disk", problem)
-        elif problem is not None:
+                    break  # the next one would fail too
+            else:
+                has_worked = True
+                with self._lock:
+                    self._files = self._files | {due[0]} if sample else self._files - {due[0]}
+        if has_worked and not failed:
             self._disk_problems.end("disk", "writing undelivered samples to disk again")
 
-    def _next_file(self) -> tuple[int, Sample | None] | None:
-        """Return the next sample to write, or the number of one whose file is to be removed."""
-        with self._lock:
-            if self._stale_files:
-                return self._stale_files.pop(), None
-            if not self._unsaved:
-                return None
-            seq = min(self._unsaved)
-            self._unsaved.discard(seq)
-            self._on_disk.add(seq)  # if it leaves the ring from now on, its file is stale
-            return seq, self._ring[seq]
-
     def _read_files(self, state: State) -> None:
+        found = state.load(self._files)
+        new = {sample.seq: sample for sample in found.samples}
         with self._lock:
-            known = self._on_disk | self._stale_files
-        found = state.load(known)
-        with self._lock:
-            new = {sample.seq: sample for sample in found.samples}
-            self._loaded += len(new)
-            self._on_disk |= new.keys()
+            self._files |= new.keys()
+            self._save_until = max(self._save_until, *new, 0)
             self._ring = dict(sorted({**new, **self._ring}.items()))
             self._last_seq = max(self._last_seq, *self._ring, 0)
-            before = self._dropped
+            self._count["loaded"] += len(new)
+            dropped = len(self._ring) - self._size
             self._make_room()
-            dropped = self._dropped - before
         self._is_loaded = not found.unread
         if new:
             log.info("loaded %d undelivered samples from the last run", len(new))
-        if dropped:
+        if dropped > 0:
             log.warning(
                 "dropped %d saved samples: BUFFER_SIZE=%d is too small", dropped, self._size
             )
@@ -695,17 +670,25 @@ class Buffer:
             self._disk_problems.begin("read", f"cannot read saved samples: {found.unread}")
         else:
             self._disk_problems.end("read", "all saved samples are read")
-        self._news.put(None)
 
 
 # --- sending -----------------------------------------------------------------------------
+
+
+@dataclass(slots=True)
+class Tries:
+    """What became of the attempts at one sample, or at the heartbeats since the last success."""
+
+    failures: int = 0  # in this round: an attempt and its retries
+    strikes: int = 0
+    deliveries: int = 0  # of other samples, when the last strike was counted
 
 
 class Sender:
     """Registers the node and delivers what is in the buffer; used by one thread only.
 
     A new sample is the heartbeat: it is posted first, with up to three retries unless the
-    dashboard is known to be down. Each success lets up to 10 of the oldest follow.
+    dashboard is known to be down. Each success lets up to 10 of the oldest samples follow.
     """
 
     def __init__(
@@ -726,48 +709,50 @@ class Sender:
         self._now = now
         self._jitter = jitter
         self._problems = Problems()
+        # Registration
         self._own_id = config.node_id  # "" until the host name is set
-        self._node_id: str | None = None  # as confirmed; None: not registered yet
+        self._node_id = ""  # as the dashboard confirmed it; "": not registered yet
         self._registered: Request | None = None  # what the dashboard knows of this node
         self._register_after = -math.inf
+        # What to try next, and when
+        self._plan: list[Sample] = []  # the heartbeat alone, or the oldest samples after it
         self._heartbeat_seq = 0  # of the newest sample that was tried
-        self._retry: Sample | None = None  # what failed, and is tried again at _retry_at
-        self._retry_at = math.inf
-        self._failures = 0  # of _retry, or of heartbeats, in a row
-        self._failing_since = 0.0
-        self._down_since: float | None = None
-        self._quiet_until = -math.inf  # Retry-After
-        self._drain_left = 0  # how many of the oldest the last success lets through
-        self._drain_tried: set[int] = set()  # since then
-        self._strikes: dict[int, Strikes] = {}  # by seq; these samples are tried after all others
+        self._retry_at = -math.inf
+        self._quiet_until = -math.inf  # the dashboard asked for it (Retry-After)
+        self.stop_by = math.inf  # no attempt begins that would not end by then
+        # What became of earlier attempts
+        self._heartbeats = Tries()  # since the last one that was delivered
+        self._failing_since = math.inf  # when the first of them failed
+        self._is_down = False  # the retries are used up, or retrying is of no use
+        self._tries: dict[int, Tries] = {}  # by seq: old samples that failed; they come last
         self._deliveries = 0
+        self._last_took_s = 0.0
+        # For the log and the samples
+        self._last_answer = "nothing sent yet"
         self._dropped_told = self._refused_told = 0
         self._refused_told_at = -math.inf
         self._refusal: Verdict | None = None  # the last one
         self._clock_agrees = 0
         self.clock_offset_s: int | None = None  # this node's clock minus the dashboard's
         self.crashes = 0
-        self.stop_by = math.inf  # no attempt begins that would not end by then
         self._is_crashing = False
         self._due = math.inf  # by then this thread has made progress, if it is well
-        self._last_answer = "nothing sent yet"
-        self._last_took_s = 0.0
 
     def run(self) -> None:
         """Deliver until the buffer is closed, then what the time allows."""
         self._buffer.load()
         while not self._buffer.is_closed:
-            self._buffer.wait(self._guarded(self.step))
-        self._heartbeat_seq = 0  # one more attempt at the newest, whatever became of the last
-        while self._guarded(self.step) == 0:
+            self._buffer.wait(self._step_or_pause())
+        self._heartbeat_seq = 0  # try the newest once more, even if it has just failed
+        while self._step_or_pause() == 0:
             pass
 
-    def _guarded(self, work: Callable[[], float]) -> float:
-        """Run a piece of work; after a crash, pause. A crash is no progress."""
+    def _step_or_pause(self) -> float:
+        """Make a step; return the seconds until the next. A step that crashes is no progress."""
         if not self._is_crashing:
             self._due = self._clock()
         try:
-            pause = work()
+            pause = self.step()
             self._is_crashing = False
             self._due = self._clock() + pause
         except Exception:
@@ -788,139 +773,115 @@ class Sender:
 
     def step(self) -> float:
         """Make the attempt that is due; return the seconds until the next, a new sample aside."""
-        self._report_dropped()
-        self._report_refused()
+        self._report_losses()
         newest = self._buffer.newest()
-        now = self._clock()
-        if newest is None or not self._fits(now):
+        if newest is None:
             return math.inf
-        if self._quiet_until > now:
-            return self._quiet_until - now
         if newest.seq > self._heartbeat_seq:
-            if self._retry and self._retry.seq != self._heartbeat_seq:
-                self._put_off(self._retry)
-            self._heartbeat_seq = newest.seq
-            self._attempt(newest)
-        elif self._retry and self._buffer.get(self._retry.seq):
-            if self._retry_at > now:
-                return self._retry_at - now
-            self._attempt(self._retry)
-        elif self._drain_left and (oldest := self._next_to_drain()):
-            known = self._strikes.get(oldest.seq)
-            self._failures = known.failures if known else 0
-            self._attempt(oldest)
-        else:
+            self._heartbeat_seq, self._retry_at = newest.seq, -math.inf
+            self._plan = [newest]
+            self._tries = {seq: t for seq, t in self._tries.items() if self._buffer.get(seq)}
+        self._plan = [sample for sample in self._plan if self._buffer.get(sample.seq)]
+        if not self._plan or not self._fits():
             return math.inf
+        pause = max(self._retry_at, self._quiet_until) - self._clock()
+        if pause > 0:
+            return pause
+        self._attempt(self._plan[0])
         return 0.0
 
-    def _fits(self, now: float) -> bool:
+    def _fits(self) -> bool:
         """Tell whether an attempt as long as the last one would end before the stop."""
-        return self.stop_by == math.inf or now + 1.2 * self._last_took_s + 0.2 < self.stop_by
-
-    def _next_to_drain(self) -> Sample | None:
-        return self._buffer.oldest(last=self._strikes, skip=self._drain_tried)
+        return self._clock() + 1.2 * self._last_took_s + 0.2 < self.stop_by
 
     # - one attempt, and what follows from it
 
     def _attempt(self, sample: Sample) -> None:
-        """Post a sample, and plan what its outcome asks for."""
-        self._retry, self._retry_at = None, math.inf
+        """Post the first sample of the plan, and plan what its outcome asks for."""
         is_heartbeat = sample.seq == self._heartbeat_seq
         verdict = self._deliver(sample) if is_heartbeat else self._post(sample)
         if verdict.outcome is Outcome.DELIVERED:
             self._buffer.settle(sample, delivered=True)
-            self._succeeded(sample, is_heartbeat)
+            self._deliveries += 1
+            if is_heartbeat:
+                self._heartbeat_delivered(sample)
             return
-        is_refused = self._is_last_strike(sample, verdict)
+        tries = self._heartbeats if is_heartbeat else self._tries.setdefault(sample.seq, Tries())
+        tries.failures += verdict.outcome is Outcome.RETRY
+        is_refused = self._count_strike(sample, verdict, tries.failures) >= STRIKES
         self._buffer.settle(sample, refused=is_refused)
         self._buffer.save()
         if is_refused:
-            self._strikes.pop(sample.seq, None)
             self._refusal = verdict
-            self._drain_left -= 1
         elif is_heartbeat:
-            self._heartbeat_failed(sample, verdict)
+            self._heartbeat_failed(verdict)
         else:
-            self._drain_failed(sample, verdict)
+            self._old_sample_failed(verdict, tries)
 
-    def _succeeded(self, sample: Sample, is_heartbeat: bool) -> None:
-        self._deliveries += 1
-        self._failures = 0
-        self._strikes.pop(sample.seq, None)
-        self._drain_left -= 1
-        if is_heartbeat:
-            self._drain_left = DRAIN_PER_SUCCESS
-            self._drain_tried.clear()
-            self._recovered()
-            self._post_zonemta(sample)
+    def _heartbeat_delivered(self, sample: Sample) -> None:
+        self._plan = self._buffer.oldest(DRAIN_PER_SUCCESS, last=self._tries)
+        self._report_recovery()
+        self._heartbeats, self._failing_since = Tries(), math.inf
+        self._post_zonemta(sample)
 
-    def _heartbeat_failed(self, sample: Sample, verdict: Verdict) -> None:
-        """Plan a retry, or none until the next sample once the dashboard is known to be down."""
-        self._drain_left = 0
-        if not self._failures:
-            self._failing_since = self._clock()
-        if self._down_since is not None or not self._plan_retry(sample, verdict):
-            self._went_down(verdict)
+    def _heartbeat_failed(self, verdict: Verdict) -> None:
+        """Plan a retry; none once the dashboard is known to be down: the next sample is one."""
+        self._failing_since = min(self._failing_since, self._clock())
+        if self._is_down or not self._plan_retry(verdict, self._heartbeats.failures):
+            self._plan = []
+            self._is_down = True
+            size = self._config.buffer_size
+            self._problems.begin(
+                "delivery", f"cannot deliver samples (keeping up to {size}): {verdict.problem}",
+                verdict.detail,
+            )
 
-    def _drain_failed(self, sample: Sample, verdict: Verdict) -> None:
-        """Plan a retry of an old sample; without one it is tried again after all others.
+    def _old_sample_failed(self, verdict: Verdict, tries: Tries) -> None:
+        """Plan a retry; without one, the sample comes after all others from now on.
 
-        Only the dashboard's own refusal lets the drain go on: the next sample may be taken.
+        After the dashboard's own refusal the next sample follows: that one may be taken.
         """
-        if self._plan_retry(sample, verdict):
+        if self._plan_retry(verdict, tries.failures):
             return
-        self._failures = 0
-        self._put_off(sample)
-        self._drain_tried.add(sample.seq)
-        self._drain_left = self._drain_left - 1 if verdict.outcome is Outcome.REFUSED else 0
+        tries.failures = 0
+        self._plan = self._plan[1:] if verdict.outcome is Outcome.REFUSED else []
         self._problems.begin(
             "drain", f"cannot deliver an old sample: {verdict.problem}", verdict.detail
         )
 
-    def _put_off(self, sample: Sample) -> None:
-        """Try a sample after all others from now on; the failures of its round still count."""
-        known = self._strikes.get(sample.seq, Strikes(0, self._deliveries))
-        self._strikes[sample.seq] = dataclasses.replace(known, failures=self._failures)
-        self._failures = 0
-
-    def _plan_retry(self, sample: Sample, verdict: Verdict) -> bool:
+    def _plan_retry(self, verdict: Verdict, failures: int) -> bool:
+        """Plan the next attempt at the same sample; return False if there is none soon."""
         if verdict.outcome is not Outcome.RETRY:
             return False
-        self._failures += 1
-        pause = backoff_s(self._failures, self._jitter())
+        pause = backoff_s(failures, self._jitter())
         if pause is None or self._quiet_until - self._clock() > sum(BACKOFF_S):
             return False
-        self._retry = sample
-        self._retry_at = max(self._clock() + pause, self._quiet_until)
+        self._retry_at = self._clock() + pause
         return True
 
-    def _is_last_strike(self, sample: Sample, verdict: Verdict) -> bool:
-        """Count a strike if the dashboard's word was against this sample, and others get through.
+    def _count_strike(self, sample: Sample, verdict: Verdict, failures: int) -> int:
+        """Return the strikes of a sample; count one more if the dashboard rejects it alone.
 
-        The dashboard refused it twice in a row, or its retries are used up and ended in an
-        error of the dashboard's own. Tell whether it is to be given up.
+        The dashboard refused it twice in a row, or its retries are used up and ended in an error
+        of the dashboard's own; and another sample was delivered since its last strike.
         """
-        is_round_over = self._failures >= len(BACKOFF_S) or self._down_since is not None
-        is_against = verdict.outcome is Outcome.REFUSED or (
-            verdict.outcome is Outcome.RETRY and verdict.is_own_error and is_round_over
-        )
-        before = self._strikes.get(sample.seq, Strikes(0, 0))
-        if is_against and self._deliveries > before.deliveries:
-            self._strikes[sample.seq] = Strikes(before.number + 1, self._deliveries)
-            while len(self._strikes) > self._config.buffer_size:
-                del self._strikes[next(iter(self._strikes))]
-            return before.number + 1 >= STRIKES
-        return False
+        is_round_over = failures > len(BACKOFF_S) or self._is_down
+        is_rejected = verdict.outcome is Outcome.REFUSED or (verdict.is_own_error and is_round_over)
+        tries = self._tries.get(sample.seq, Tries())
+        if is_rejected and self._deliveries > tries.deliveries:
+            tries.strikes += 1
+            tries.deliveries = self._deliveries
+            self._tries[sample.seq] = tries
+        return tries.strikes
 
     # - registration
 
     def _deliver(self, newest: Sample) -> Verdict:
         """Post the newest sample; register the node first if need be."""
-        now = self._clock()
         is_new = self._registered != self._registration(newest, self._transport.local_ip or "")
-        if self._node_id is None or (is_new and now >= self._register_after):
+        if not self._node_id or (is_new and self._clock() >= self._register_after):
             verdict = self._register(newest)
-            if self._node_id is None:
+            if not self._node_id:
                 return verdict
         verdict = self._post(newest)
         if verdict.outcome is not Outcome.REGISTER or self._clock() < self._register_after:
@@ -938,12 +899,11 @@ class Sender:
         self._own_id = self._own_id or host_name()
         if not self._own_id:
             return Verdict(Outcome.KEPT, problem="the host name is not set yet (or set NODE_ID)")
-        known_ip = self._transport.local_ip if self._node_id is not None else None
+        # Before the first registration the address may be that of an old look-up.
+        known_ip = self._transport.local_ip if self._node_id else None
         ip = known_ip or self._transport.route_ip()
         request = self._registration(sample, ip)
-        quiet_until = self._quiet_until
-        answer = self._transport.post(request, self._limit_s())
-        verdict = self._judge(answer, judge_registration)
+        verdict, answer = self._exchange(request, judge_registration)
         if verdict.outcome is Outcome.DELIVERED:
             self._node_id = self._dialect.confirmed_id(answer.body) or self._own_id
             self._problems.end("registration")
@@ -951,12 +911,13 @@ class Sender:
                 shown = printable(self._node_id, self._config.api_key)
                 log.info("registered as %s (role %s, address %s)", shown, sample.role, ip)
             self._registered = request
-        elif self._node_id is not None:  # samples go on under the id that was confirmed before
-            self._register_after = max(self._quiet_until, self._clock())
-            self._quiet_until = quiet_until
+        elif self._node_id:  # samples go on under the id that was confirmed before
+            self._register_after = self._quiet_end(verdict, answer)
             self._problems.begin(
                 "registration", f"cannot register again: {verdict.problem}", verdict.detail
             )
+        else:
+            self._quiet_until = self._quiet_end(verdict, answer)
         problem = f"registration: {verdict.problem}"
         return dataclasses.replace(verdict, problem=problem, is_own_error=False)
 
@@ -966,41 +927,19 @@ class Sender:
     # - posting
 
     def _post(self, sample: Sample) -> Verdict:
-        """Post a sample; what the dashboard refuses is posted once more at once."""
-        node_id = self._node_id or self._own_id
-        request = self._dialect.sample(sample.packed, node_id, self._config.api_key)
+        """Post a sample. What the dashboard refuses is posted once more at once."""
+        request = self._dialect.sample(sample.packed, self._node_id, self._config.api_key)
         self._buffer.begin_post(sample)
         for _ in range(2):
-            verdict = self._judge(self._transport.post(request, self._limit_s()), judge)
+            verdict, answer = self._exchange(request, judge)
             if verdict.outcome is not Outcome.REFUSED:
                 break
+        self._quiet_until = self._quiet_end(verdict, answer)
         return verdict
 
-    def _post_zonemta(self, sample: Sample) -> None:
-        """Post ZoneMTA's figures where the dialect has an address of their own for them.
-
-        Once: the next sample brings newer ones.
-        """
-        node_id = self._node_id or self._own_id
-        request = self._dialect.zonemta(sample.packed, node_id, self._config.api_key)
-        if request is None or not self._fits(self._clock()):
-            return
-        answer = self._transport.post(request, min(self._limit_s(), ZONEMTA_POST_S))
-        verdict = judge(answer, self._config.api_key, self._dialect.hints)
-        self._due = self._clock()
-        if verdict.outcome is Outcome.DELIVERED:
-            self._problems.end("zonemta", "delivering ZoneMTA's figures again")
-        else:
-            self._transport.disconnect()
-            self._problems.begin(
-                "zonemta", f"cannot deliver ZoneMTA's figures: {verdict.problem}", verdict.detail
-            )
-
-    def _limit_s(self) -> float:
-        return self.stop_by - self._clock()
-
-    def _judge(self, answer: Answer, judge: Judge) -> Verdict:
-        """Judge an answer, and note what else it tells: when to ask again, and the time there."""
+    def _exchange(self, request: Request, judge: Judge) -> tuple[Verdict, Answer]:
+        """Send a request, and judge the answer."""
+        answer = self._transport.post(request, self.stop_by - self._clock())
         verdict = judge(answer, self._config.api_key, self._dialect.hints)
         self._last_took_s = answer.took_s
         self._last_answer = f"last {answer.status or 'unanswered'} in {answer.took_s * 1000:.0f} ms"
@@ -1009,91 +948,101 @@ class Sender:
             self._note_clock(answer)
         else:
             self._transport.disconnect()
-        if verdict.outcome is Outcome.RETRY:
-            there = self._now() - (self.clock_offset_s or 0)
-            pause = retry_after_s(answer, there)
-            # up to a heartbeat longer: other nodes may have been told the same
-            spread = self._jitter() * min(pause, self._config.interval_s)
-            self._quiet_until = self._clock() + pause + spread
-        return verdict
+        return verdict, answer
+
+    def _quiet_end(self, verdict: Verdict, answer: Answer) -> float:
+        """Return until when (monotonic) the dashboard wants no request: its Retry-After."""
+        if verdict.outcome is not Outcome.RETRY:
+            return -math.inf
+        pause = retry_after_s(answer, self._now() - (self.clock_offset_s or 0))
+        # Up to a heartbeat longer: other nodes may have been told the same.
+        return self._clock() + pause + self._jitter() * min(pause, self._config.interval_s)
+
+    def _post_zonemta(self, sample: Sample) -> None:
+        """Post ZoneMTA's figures where the dialect has an address of their own for them.
+
+        They are posted once: the next sample brings newer ones.
+        """
+        request = self._dialect.zonemta(sample.packed, self._node_id, self._config.api_key)
+        if request is None or not self._fits():
+            return
+        answer = self._transport.post(request, min(self.stop_by - self._clock(), ZONEMTA_POST_S))
+        verdict = judge(answer, self._config.api_key, self._dialect.hints)
+        if verdict.outcome is Outcome.DELIVERED:
+            self._problems.end("zonemta", "delivering ZoneMTA's figures again")
+        else:
+            self._transport.disconnect()
+            self._problems.begin(
+                "zonemta", f"cannot deliver ZoneMTA's figures: {verdict.problem}", verdict.detail
+            )
+
+    # - what the log and the samples tell of it
 
     def _note_clock(self, answer: Answer) -> None:
-        """Compare the clocks; samples with a wrong time land where nobody looks."""
+        """Compare the clocks: a sample with a wrong time does not show on the dashboard."""
         date = http_date(answer.date)
         if date is None:
             return
         self.clock_offset_s = offset = round(self._now() - date - 0.5)  # Date is cut to the second
         if abs(offset) > CLOCK_OFFSET_LIMIT_S:
+            self._clock_agrees = 0
             way = "ahead of" if offset > 0 else "behind"
             self._problems.begin(
                 "clock", f"this node's clock is {way} the dashboard's: "
                 "is time synchronisation running?", f"{abs(offset)} s",
             )
-            self._clock_agrees = 0
             return
         self._clock_agrees += 1
         if self._clock_agrees >= CLOCK_AGREES:
             self._problems.end("clock", "this node's clock agrees with the dashboard's again")
 
-    # - changes of state
-
-    def _went_down(self, verdict: Verdict) -> None:
-        if self._down_since is None:
-            self._down_since = self._failing_since if self._failures else self._clock()
-        size = self._config.buffer_size
-        self._problems.begin(
-            "delivery", f"cannot deliver samples (keeping up to {size}): {verdict.problem}",
-            verdict.detail,
-        )
-
-    def _recovered(self) -> None:
+    def _report_recovery(self) -> None:
+        """Log the end of an outage, with what it cost."""
         counters = self._buffer.counters()
         if not counters.waiting:
             self._problems.end("drain")
-        if self._down_since is None:
+        if not self._is_down:
             return
+        self._is_down = False
         lost, self._dropped_told = counters.dropped - self._dropped_told, counters.dropped
         size = self._config.buffer_size
-        dropped = f", {lost} dropped (BUFFER_SIZE={size} was too small)" if lost else ""
         self._problems.end(
             "delivery",
-            f"delivering again after {self._clock() - self._down_since:.0f} s, "
-            f"{counters.waiting} waiting{dropped}",
+            f"delivering again after {self._clock() - self._failing_since:.0f} s, "
+            f"{counters.waiting} waiting"
+            + (f", {lost} dropped (BUFFER_SIZE={size} was too small)" if lost else ""),
             logging.WARNING if lost else logging.INFO,
         )
-        self._down_since = None
 
-    def _report_dropped(self) -> None:
-        """Log what the full ring drops while the dashboard answers, but too slowly."""
-        counters = self._buffer.counters()
-        size = self._config.buffer_size
-        if self._down_since is None and not self._deliveries:  # by what an earlier run left
-            self._dropped_told = counters.dropped
-        if self._down_since is None and counters.dropped > self._dropped_told:
-            self._dropped_told = counters.dropped
-            self._problems.begin(
-                "slow", f"the dashboard is too slow: samples are dropped (BUFFER_SIZE={size})"
+    def _report_losses(self) -> None:
+        """Log what was refused, and what the full ring dropped while the dashboard answers.
+
+        Refused samples: the first at once, then at most one line an hour.
+        """
+        counters, now = self._buffer.counters(), self._clock()
+        refused = counters.refused - self._refused_told
+        if refused and now - self._refused_told_at >= REFUSED_LOG_S:
+            self._refused_told, self._refused_told_at = counters.refused, now
+            log.warning(
+                "the dashboard refused %d samples for good (%d since the start): %s",
+                refused, counters.refused, self._refusal,
             )
+        size = self._config.buffer_size
+        if not self._is_down and counters.dropped > self._dropped_told:
+            self._dropped_told = counters.dropped
+            if self._deliveries:  # else they were dropped as they were loaded
+                self._problems.begin(
+                    "slow", f"the dashboard is too slow: samples are dropped (BUFFER_SIZE={size})"
+                )
         elif counters.waiting <= size // 2:
             self._problems.end(
                 "slow", f"the dashboard is fast enough again ({counters.dropped} dropped so far)"
             )
 
-    def _report_refused(self) -> None:
-        """Log refused samples: the first at once, then at most one line an hour."""
-        refused = self._buffer.counters().refused
-        is_time = self._clock() - self._refused_told_at >= REFUSED_LOG_S
-        if refused > self._refused_told and is_time:
-            log.warning(
-                "the dashboard refused %d samples for good (%d since the start): %s",
-                refused - self._refused_told, refused, self._refusal,
-            )
-            self._refused_told, self._refused_told_at = refused, self._clock()
-
     def status(self) -> str:
         """Say in one line how the sending goes, for `systemctl status`."""
         counters = self._buffer.counters()
-        state = "ok" if self._down_since is None else "not delivering"
+        state = "not delivering" if self._is_down else "ok"
         sent, waiting = counters.delivered, counters.waiting
         return f"{state}: {sent} sent, {waiting} waiting, {self._last_answer}"
 
@@ -1307,15 +1256,6 @@ class Verdict:
 
     def __str__(self) -> str:
         return f"{self.problem}: {self.detail}" if self.detail else self.problem
-
-
-@dataclass(frozen=True, slots=True)
-class Strikes:
-    """How often the dashboard was against a sample, and how many others it had taken by then."""
-
-    number: int
-    deliveries: int
-    failures: int = 0  # of a round of retries that a new sample cut off
 
 
 def parse_json(body: bytes) -> dict[str, Any] | None:

@@ -867,16 +867,16 @@ def test_the_ring_never_drops_what_is_being_posted() -> None:
     buffer = Buffer(10)
     for seq in range(1, 11):
         buffer.put(sample(seq))
-    oldest = buffer.oldest()
-    assert oldest and oldest.seq == 1
+    [oldest] = buffer.oldest(1)
+    assert oldest.seq == 1
     buffer.begin_post(oldest)
     for seq in range(11, 16):
         buffer.put(sample(seq))
     assert buffer.counters() == agent.Counters(15, 0, 0, 5, 10)
     buffer.settle(oldest, delivered=True)
     assert buffer.counters() == agent.Counters(15, 1, 0, 5, 9)
-    following = buffer.oldest()
-    assert following and following.seq == 7
+    assert [one.seq for one in buffer.oldest(2)] == [7, 8]
+    assert [one.seq for one in buffer.oldest(9, last={7, 9})][-3:] == [15, 7, 9]
 
 
 def test_a_full_buffer_is_small() -> None:

@@ -132,7 +132,7 @@ class Notifier:
         self._socket = sdnotify.SystemdNotifier()
         self.is_systemd = bool(environ.get("NOTIFY_SOCKET"))
         if self.is_systemd and self._socket.socket:
-            self._socket.socket.settimeout(1.0)  # a systemd that does not read stops nothing
+            self._socket.socket.settimeout(1.0)  # in case systemd does not read
         ours = environ.get("WATCHDOG_PID", str(os.getpid())) == str(os.getpid())
         micros = environ.get("WATCHDOG_USEC", "0") if ours else "0"
         self.watchdog_s = int(micros) / 1e6 if micros.isdigit() else 0.0  # 0: no watchdog
@@ -152,8 +152,7 @@ class Agent:
         self._config = config
         self._stop = threading.Event()
         folder = environ.get("STATE_DIRECTORY", "").split(":")[0]  # systemd.exec(5)
-        self._state = State(folder) if folder else None
-        self._buffer = Buffer(config.buffer_size, self._state)
+        self._buffer = Buffer(config.buffer_size, State(folder) if folder else None)
         transport = Transport(config.dashboard_url, config.ca_bundle)
         self._sender = Sender(config, self._buffer, transport)
         self._collector = Collector(
@@ -161,17 +160,17 @@ class Agent:
         )
         self._collector_due = math.inf  # by then the collector has made progress, if it is well
         self._clock_problem = Problems()  # of the collector thread
+        self._has_sampled = threading.Event()  # or waits for the clock
+        self._problems = Problems()  # of the main thread
         self._notifier = Notifier(environ)
-        self._has_sampled = threading.Event()  # or cannot, before the clock is set
         self._is_ready = False
         self._next_ping = 0.0
         self._status = ""  # as systemd shows it
-        self._said_stalled = self._said_large = False
 
     def run(self) -> int:
         """Run until SIGTERM, SIGINT or SIGHUP; return the exit code."""
-        # Their numbers arrive here, one by one; the handlers themselves do nothing. (sigtimedwait()
-        # would do, but makes up a signal when a SIGCONT ends it after its time.)
+        # The handlers do nothing: the number of each signal arrives at this socket.
+        # (sigtimedwait() would do, but reports a signal when a SIGCONT ends it.)
         self._signals, wakeup = socket.socketpair()
         wakeup.setblocking(False)
         signal.set_wakeup_fd(wakeup.fileno(), warn_on_full_buffer=False)
@@ -186,21 +185,22 @@ class Agent:
             VERSION, self._config.node_id or "(no host name yet)", self._config.interval_s,
             self._config.dashboard_url,
         )
-        while not self._is_told_to_stop():
+        received: set[int] = set()
+        while not received - {signal.SIGUSR1}:
+            if received:
+                log.info("%s", self._counters())
             self._supervise()
+            received = self._receive_signals()
         self._end(collector, sender)
         log.info("stopped: %s", self._counters())
         return 0
 
-    def _is_told_to_stop(self) -> bool:
-        """Wait a moment for signals; tell whether one of them says stop."""
+    def _receive_signals(self) -> set[int]:
+        """Wait a moment for signals; return the numbers of those that came."""
         pause = min(SUPERVISE_S, self._notifier.ping_s / 2) if self._is_ready else 0.05
-        if not select.select([self._signals], [], [], pause)[0]:
-            return False
-        received = set(self._signals.recv(4096))
-        if signal.SIGUSR1 in received:
-            log.info("%s", self._counters())
-        return bool(received - {signal.SIGUSR1})
+        if select.select([self._signals], [], [], pause)[0]:
+            return set(self._signals.recv(4096))
+        return set()
 
     def _end(self, collector: threading.Thread, sender: threading.Thread) -> None:
         """Stop both threads; all of it takes STOP_LIMIT_S at most."""
@@ -208,9 +208,9 @@ class Agent:
         self._notifier.send("STOPPING=1", "STATUS=delivering what waits")
         self._sender.stop_by = deadline
         self._stop.set()
-        collector.join(STOP_LIMIT_S - 1.5)  # the sample under way is to be delivered too
+        collector.join(STOP_LIMIT_S - 1.5)  # the sender posts the sample under way too
         self._buffer.close()
-        self._buffer.save()  # the end may come before all is delivered
+        self._buffer.save()  # the time may be over before all is delivered
         look_up_limit = time.monotonic() + LOOK_UP_AT_STOP_S
         while sender.is_alive() and time.monotonic() < deadline:
             if self._sender.is_resolving and time.monotonic() > look_up_limit:
@@ -221,13 +221,11 @@ class Agent:
     # - the collector thread
 
     def _collect(self) -> None:
-        """Put a sample into the buffer at every tick; see a second later whether it left."""
+        """Put a sample into the buffer at every tick; a second later, save it if it waits."""
         interval = self._config.interval_s
         self._guarded(self._collector.prime)
         due = time.monotonic() + PRIME_S
-        # To the second sample half to one and a half intervals pass: nodes that were started
-        # together, after a power cut say, do not post together ever after.
-        pause = interval * (0.5 + phase(self._config.node_id))
+        pause = second_pause_s(self._config.node_id, interval)
         while not self._stop.wait(max(0.0, due - time.monotonic())):
             self._guarded(self._take_sample)
             due = next_tick(due + pause - interval, time.monotonic(), interval)
@@ -242,20 +240,15 @@ class Agent:
         except Exception:
             self._collector.crashed()
 
-    def _is_clock_set(self) -> bool:
-        """Tell whether the clock can be right; a sample of 1970 lands where nobody looks."""
+    def _take_sample(self) -> None:
         now = time.time()
-        if now < RELEASED:
+        if now < RELEASED:  # a sample of 1970 would not show on the dashboard
             self._clock_problem.begin(
                 "clock", f"this machine's clock shows {iso_utc(now)[:10]}: no samples are taken "
                 "until it is set",
             )
-            return False
-        self._clock_problem.end("clock", "the clock is set: taking samples")
-        return True
-
-    def _take_sample(self) -> None:
-        if self._is_clock_set():
+        else:
+            self._clock_problem.end("clock", "the clock is set: taking samples")
             self._buffer.put(self._collector.collect())
         self._has_sampled.set()
         self._collector_due = time.monotonic() + 1.5 * self._config.interval_s  # its longest pause
@@ -274,36 +267,40 @@ class Agent:
             return
         self._status = status
         self._next_ping = now + self._notifier.ping_s
-        stalled = self._stalled_thread(now)
-        if stalled and not self._said_stalled:
-            log.critical("the %s hangs: leaving it to systemd's watchdog", stalled)
-        self._said_stalled = bool(stalled)
-        if self._check_memory():
+        is_stalled = self._report_stalled_thread(now)
+        if self._report_memory():
             self._notifier.send("WATCHDOG=trigger")
-        elif not stalled:
+        elif not is_stalled:
             self._notifier.send("WATCHDOG=1", f"STATUS={status}")
 
-    def _stalled_thread(self, now: float) -> str:
-        """Return the name of a thread that should have made progress long ago, or ""."""
+    def _report_stalled_thread(self, now: float) -> bool:
+        """Log a thread that should have made progress long ago; return True if there is one."""
         overdue = now - max(HANG_AFTER_S, self._notifier.watchdog_s)
-        if self._collector_due < overdue:
-            return "collector"
-        return "sender" if self._sender.due < overdue else ""
+        for name, due in (("collector", self._collector_due), ("sender", self._sender.due)):
+            if due < overdue:
+                self._problems.begin(
+                    "stalled", f"the {name} hangs: leaving it to systemd's watchdog", "",
+                    logging.CRITICAL,
+                )
+                return True
+        self._problems.end("stalled")
+        return False
 
-    def _check_memory(self) -> bool:
-        """Tell whether the agent has grown too large; log it when it begins."""
+    def _report_memory(self) -> bool:
+        """Log that the agent has grown too large; return True if it has."""
+        limit_mib = self._config.memory_limit_mb
         try:
             rss_mib = own_rss_bytes() / MIB
         except OSError:
             return False  # out of file descriptors, say
-        too_large = self._notifier.is_systemd and rss_mib > self._config.memory_limit_mb
-        if too_large and not self._said_large:
-            log.critical(
-                "%.0f MiB of memory are more than MEMORY_LIMIT_MB=%d: asking systemd for a restart",
-                rss_mib, self._config.memory_limit_mb,
-            )
-        self._said_large = too_large
-        return too_large
+        if not self._notifier.is_systemd or rss_mib <= limit_mib:
+            self._problems.end("memory")
+            return False
+        self._problems.begin(
+            "memory", f"more memory is used than MEMORY_LIMIT_MB={limit_mib} allows, asking "
+            "systemd for a restart", f"{rss_mib:.0f} MiB", logging.CRITICAL,
+        )
+        return True
 
     def _figures(self) -> dict[str, Any]:
         counters = self._buffer.counters()
@@ -369,21 +366,22 @@ class Collector:
         config, clock, missing = self._config, self._clock, self._missing
         disks = DiskReader(proc, config.disk_paths, missing, Worker(HANG_LIMIT_S, self._problems))
         network = NetworkReader(sys_root, config.net_interfaces, clock, missing)
-        # In a container these files may be lxcfs', a FUSE file system: if it is stuck, they hang.
-        lent = functools.partial(in_time, Worker(FILES_LIMIT_S, self._problems))
+        cpu, disk_io = CpuReader(proc, clock), DiskIoReader(proc, sys_root, clock)
+        # In a container lxcfs, a FUSE file system, may provide these files: they hang if it does.
+        files = Worker(FILES_LIMIT_S, self._problems)
         return {
-            "cpu": lent("/proc/stat", CpuReader(proc, clock).read),
-            "memory": lent("/proc/meminfo", functools.partial(read_memory, proc)),
+            "cpu": lambda: files.call("/proc/stat", cpu.read),
+            "memory": lambda: files.call("/proc/meminfo", lambda: read_memory(proc)),
             "disks": disks.read,
-            "disk_io": lent("/proc/diskstats", DiskIoReader(proc, sys_root, clock).read),
+            "disk_io": lambda: files.call("/proc/diskstats", disk_io.read),
             "network": network.read,
-            "load": lent("/proc/loadavg", functools.partial(read_load, proc)),
+            "load": lambda: files.call("/proc/loadavg", lambda: read_load(proc)),
             "tcp_connections": TcpCounter(proc, missing, count_tcp).read,
-            "open_files": functools.partial(read_open_files, proc),
-            "uptime": lent("/proc/uptime", functools.partial(read_uptime, proc)),
+            "open_files": lambda: read_open_files(proc),
+            "uptime": lambda: files.call("/proc/uptime", lambda: read_uptime(proc)),
             "pressure": PressureReader(proc, clock).read,
-            "oom_kills": functools.partial(read_oom_kills, proc),
-            "listen_overflows": functools.partial(read_listen_overflows, proc),
+            "oom_kills": lambda: read_oom_kills(proc),
+            "listen_overflows": lambda: read_listen_overflows(proc),
         }
 
     @property
@@ -397,11 +395,11 @@ class Collector:
         """Take a first reading of every counter, so that the next one has rates."""
         rates = [self.readers[name] for name in ("cpu", "disk_io", "network", "pressure")]
         for reader in (self._processes.read, *rates):
-            with contextlib.suppress(*READ_ERRORS):  # the first sample will tell
+            with contextlib.suppress(*READ_ERRORS):  # the first sample logs what cannot be read
                 reader()
 
     def collect(self) -> Sample:
-        """Take one sample; what cannot be read is left out, said once and counted."""
+        """Take one sample; what cannot be read is left out, logged once and counted."""
         started, taken = self._clock(), self._now()
         system: dict[str, Any] = {}
         for name, reader in self.readers.items():
@@ -418,7 +416,7 @@ class Collector:
         role = body["role"] = self.role
         body["seen"] = self._seen.services()
         own_memory = self._try("rss_bytes", lambda: {"rss_bytes": own_rss_bytes()})
-        self._welcome_read()
+        self._log_readable()
         body["agent"] = {
             "version": VERSION,
             **own_memory,
@@ -449,8 +447,8 @@ class Collector:
         self._unread.add(name)
         self._problems.begin(name, f"cannot read {name}: {why}; it is left out of the samples")
 
-    def _welcome_read(self) -> None:
-        """Log the end of what was missing in the sample before, and is not in this one."""
+    def _log_readable(self) -> None:
+        """Log what was missing in the sample before, and can be read again."""
         for name in sorted(self._was_unread - self._unread):
             self._problems.end(name, f"{name} can be read again")
         self._was_unread, self._unread = self._unread, set()
@@ -458,7 +456,7 @@ class Collector:
     def crashed(self) -> None:
         """Log the exception that is being handled, and count it."""
         self.collect_errors += 1
-        self._problems.crash("taking a sample failed; the next one is tried all the same")
+        self._problems.crash("taking a sample failed; trying again at the next tick")
 
     def _read_processes(self) -> dict[str, Any]:
         processes = self._processes.read()
@@ -481,7 +479,7 @@ class Collector:
         if self._zonemta is None:
             return {}
         figures = self._zonemta.read(self._runs_zonemta)
-        self.collect_errors += figures is None  # it hangs, which is logged by then
+        self.collect_errors += figures is None  # the API hangs; that is logged already
         return figures or {}
 
 
@@ -709,33 +707,27 @@ class Sender:
         self._now = now
         self._jitter = jitter
         self._problems = Problems()
-        # Registration
         self._own_id = config.node_id  # "" until the host name is set
         self._node_id = ""  # as the dashboard confirmed it; "": not registered yet
         self._registered: Request | None = None  # what the dashboard knows of this node
-        self._register_after = -math.inf
-        # What to try next, and when
-        self._plan: list[Sample] = []  # the heartbeat alone, or the oldest samples after it
+        self._plan: list[Sample] = []  # what to try next: the heartbeat, or the oldest after it
         self._heartbeat_seq = 0  # of the newest sample that was tried
-        self._retry_at = -math.inf
-        self._quiet_until = -math.inf  # the dashboard asked for it (Retry-After)
+        # Not before: a retry; any request (Retry-After); another registration.
+        self._retry_at = self._quiet_until = self._register_after = -math.inf
         self.stop_by = math.inf  # no attempt begins that would not end by then
-        # What became of earlier attempts
         self._heartbeats = Tries()  # since the last one that was delivered
         self._failing_since = math.inf  # when the first of them failed
-        self._is_down = False  # the retries are used up, or retrying is of no use
-        self._tries: dict[int, Tries] = {}  # by seq: old samples that failed; they come last
+        self._is_down = False  # their retries are used up, or of no use
+        self._tries: dict[int, Tries] = {}  # by seq: the samples that come after all others
         self._deliveries = 0
         self._last_took_s = 0.0
-        # For the log and the samples
         self._last_answer = "nothing sent yet"
         self._dropped_told = self._refused_told = 0
         self._refused_told_at = -math.inf
         self._refusal: Verdict | None = None  # the last one
         self._clock_agrees = 0
         self.clock_offset_s: int | None = None  # this node's clock minus the dashboard's
-        self.crashes = 0
-        self._is_crashing = False
+        self.crashes, self._is_crashing = 0, False
         self._due = math.inf  # by then this thread has made progress, if it is well
 
     def run(self) -> None:
@@ -758,7 +750,7 @@ class Sender:
         except Exception:
             self.crashes += 1
             self._is_crashing = True
-            self._problems.crash("the sender failed; it goes on with the next sample")
+            self._problems.crash("the sender failed; trying again")
             pause = CRASH_PAUSE_S
         return pause
 
@@ -1051,23 +1043,24 @@ class Sender:
 
 
 class Problems:
-    """What is wrong now, as one thread sees it: logged when it begins, and when it ends.
+    """What is wrong now: each problem is logged when it begins and when it ends.
 
-    A problem has a name and one or more descriptions; each description is logged once until
+    A problem has a name and one or more descriptions. Each description is logged once until
     the problem ends, and again the next time. Not thread-safe: each thread has its own.
     """
 
-    MOST_DESCRIPTIONS = 100  # of one problem: what varies without end is not logged without end
+    MOST_DESCRIPTIONS = 100  # of one problem: some contain an answer's words, which may vary
 
     def __init__(self) -> None:
         self._now: dict[str, set[str]] = {}  # name -> descriptions that were logged
 
-    def begin(self, name: str, description: str, detail: str = "") -> None:
-        """Log a problem, unless this description of it was logged since it began."""
+    def begin(self, name: str, what: str, detail: str = "", level: int = logging.WARNING) -> None:
+        """Log a problem, unless this description was logged since it began; detail may vary."""
         known = self._now.setdefault(name, set())
-        if description not in known and len(known) < self.MOST_DESCRIPTIONS:
-            known.add(description)
-            log.warning("%s", f"{description}: {detail}" if detail else description)
+        if what not in known and len(known) < self.MOST_DESCRIPTIONS:
+            known.add(what)
+            is_crash = level == logging.ERROR
+            log.log(level, "%s", f"{what}: {detail}" if detail else what, exc_info=is_crash)
 
     def end(self, name: str, message: str = "", level: int = logging.INFO) -> None:
         """Log the end of a problem, if it had begun."""
@@ -1076,36 +1069,31 @@ class Problems:
 
     def crash(self, what: str) -> None:
         """Log the exception that is being handled with its traceback, once for each place."""
-        kind, _, trace = sys.exc_info()
+        trace = sys.exc_info()[2]
         while trace and trace.tb_next:
             trace = trace.tb_next
-        place = f"{kind} at {trace.tb_lineno if trace else 0}"
-        known = self._now.setdefault("crash", set())
-        if place not in known:
-            known.add(place)
-            log.exception("%s", what)
-
-    def __contains__(self, name: str) -> bool:
-        return name in self._now
+        line = trace.tb_lineno if trace else 0
+        self.begin("crash", f"{what} (line {line})", level=logging.ERROR)
 
 
 @dataclass(slots=True)
-class _Batch:
-    """Calls on their way through one thread of a Worker."""
+class Batch:
+    """Calls that one thread of a Worker makes, one after the other."""
 
     calls: Mapping[str, Callable[[], Any]]
-    current: str = ""  # the call that the thread is in
-    begun: float = field(default_factory=time.monotonic)  # when it began with it
+    current: str = ""  # the name of the call that is being made
+    begun: float = field(default_factory=time.monotonic)  # when it began
     results: dict[str, Any] = field(default_factory=dict)
     finished: threading.Event = field(default_factory=threading.Event)
     is_abandoned: bool = False
 
 
 class Worker:
-    """Runs calls that may never return in a daemon thread, with a time limit for all of them.
+    """Makes calls that may never return in a daemon thread, with a time limit for all of them.
 
-    A call that does not return in time is abandoned with its thread: it is named in the log,
-    and not made again until it returns. While MOST_ABANDONED calls hang, none is made.
+    A single call has half of that time. One that does not return by then is abandoned with its
+    thread: it is named in the log, and not made again until it returns. A new thread makes the
+    calls that are left. While MOST_ABANDONED calls hang, none is made.
     """
 
     MOST_ABANDONED = 4
@@ -1113,8 +1101,8 @@ class Worker:
     def __init__(self, limit_s: float, problems: Problems) -> None:
         self._limit_s = limit_s
         self._problems = problems
-        self._inbox: queue.SimpleQueue[_Batch | None] | None = None  # of the thread at rest
-        self._abandoned: dict[str, _Batch] = {}  # name of a call that hangs -> its batch
+        self._inbox: queue.SimpleQueue[Batch | None] | None = None  # of the thread at rest
+        self._abandoned: dict[str, Batch] = {}  # name of a call that hangs -> its batch
         self._lock = threading.Lock()  # one run() at a time
 
     def run(
@@ -1123,49 +1111,54 @@ class Worker:
         """Make the calls in their order; return by name what each returned or raised.
 
         A call that is missing in the result hangs, or there was no time or thread left for it.
-        Call it in every sample, with no calls if need be: it logs what hangs no more. While
-        another thread is in it, it waits as long as a hang may take, then makes no call.
-        limit_s: 0 for the limit of the worker.
+        A run() without calls logs what no longer hangs. A second run() at the same time waits
+        for the first one; after the limit it makes no call. limit_s: other than the worker's.
         """
         if not self._lock.acquire(timeout=self._limit_s):
             return {}
         try:
-            self._welcome_returned()
-            deadline = time.monotonic() + (limit_s or self._limit_s)
+            self._note_returned()
+            limit_s = limit_s or self._limit_s
+            deadline = time.monotonic() + limit_s
             results: dict[str, Any] = {}
             todo = {name: call for name, call in calls.items() if name not in self._abandoned}
             while todo and len(self._abandoned) < self.MOST_ABANDONED:
                 batch = self._start(todo)
-                is_finished = self._wait(batch, deadline)
+                is_finished = self._wait(batch, deadline, limit_s / 2)
                 results.update(batch.results)
                 if is_finished:
                     break
                 self._abandon(batch)
-                passed = {*results, batch.current}
-                todo = {name: call for name, call in todo.items() if name not in passed}
+                todo = {n: call for n, call in todo.items() if n not in {*results, batch.current}}
                 if time.monotonic() >= deadline:
                     break
             return results
         finally:
             self._lock.release()
 
+    def call(self, name: str, call: Callable[[], T]) -> T:
+        """Make one call; raise TimeoutError if it hangs."""
+        answer = self.run({name: call}).get(name, TimeoutError(f"{name} hangs"))
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
     def hanging(self) -> frozenset[str]:
         """Return the names of the calls that hang."""
         return frozenset(self._abandoned)
 
-    def _start(self, calls: Mapping[str, Callable[[], Any]]) -> _Batch:
+    def _start(self, calls: Mapping[str, Callable[[], Any]]) -> Batch:
         if self._inbox is None:
-            self._inbox = queue.SimpleQueue()
-            weakref.finalize(self, self._inbox.put, None)  # the thread ends with its Worker
-            threading.Thread(
-                target=self._work, args=(self._inbox,), name="worker", daemon=True
-            ).start()
-        batch = _Batch(calls)
+            inbox: queue.SimpleQueue[Batch | None] = queue.SimpleQueue()
+            self._inbox = inbox
+            weakref.finalize(self, inbox.put, None)  # the thread ends with its Worker
+            threading.Thread(target=self._work, args=(inbox,), name="worker", daemon=True).start()
+        batch = Batch(calls)
         self._inbox.put(batch)
         return batch
 
     @staticmethod
-    def _work(inbox: queue.SimpleQueue[_Batch | None]) -> None:
+    def _work(inbox: queue.SimpleQueue[Batch | None]) -> None:
         while batch := inbox.get():
             for name, call in batch.calls.items():
                 if batch.is_abandoned:
@@ -1179,43 +1172,27 @@ class Worker:
             if batch.is_abandoned:
                 return
 
-    def _wait(self, batch: _Batch, deadline: float) -> bool:
-        """Tell whether a batch finished: before the deadline, and with progress until then.
-
-        A call has half of the time that is left as it begins, so that the others have the rest.
-        """
-        while (left := deadline - time.monotonic()) > 0:
-            begun = batch.begun
-            its_left = begun + (deadline - begun) / 2 - time.monotonic()
-            if batch.finished.wait(min(left, max(its_left, self._limit_s / 8))):
-                return True
-            if batch.current and batch.begun == begun:
+    def _wait(self, batch: Batch, deadline: float, call_limit_s: float) -> bool:
+        """Tell whether a batch finished in time: all of it, and each of its calls."""
+        while not batch.finished.is_set():
+            left = min(deadline, batch.begun + call_limit_s) - time.monotonic()
+            if left <= 0:
                 return False
-        return batch.finished.is_set()
+            batch.finished.wait(left)
+        return True
 
-    def _abandon(self, batch: _Batch) -> None:
+    def _abandon(self, batch: Batch) -> None:
         batch.is_abandoned = True
         self._inbox = None
-        if batch.current:  # else the thread did not even begin: a machine under heavy load
+        if batch.current:  # else the thread did not even begin: the machine is very busy
             self._abandoned[batch.current] = batch
             self._problems.begin(batch.current, f"{batch.current} hangs")
 
-    def _welcome_returned(self) -> None:
+    def _note_returned(self) -> None:
         for name, batch in list(self._abandoned.items()):
             if name in batch.results:
                 del self._abandoned[name]
                 self._problems.end(name, f"{name} no longer hangs")
-
-
-def in_time(worker: Worker, name: str, call: Callable[[], T]) -> Callable[[], T]:
-    """Return the call as one that raises TimeoutError while it hangs."""
-    def make() -> T:
-        answer = worker.run({name: call}).get(name, TimeoutError(f"{name} hangs"))
-        if isinstance(answer, Exception):
-            raise answer
-        return answer
-
-    return make
 
 
 def next_tick(due: float, now: float, interval: float) -> float:
@@ -1223,9 +1200,12 @@ def next_tick(due: float, now: float, interval: float) -> float:
     return due + interval * (max(0, math.floor((now - due) / interval)) + 1)
 
 
-def phase(node_id: str) -> float:
-    """Return 0 to 1, the same for a node each time: nodes that start together part with it."""
-    return zlib.crc32(node_id.encode()) / 2**32
+def second_pause_s(node_id: str, interval_s: float) -> float:
+    """Return the pause between a node's first two samples: half to one and a half intervals.
+
+    It depends on the node: nodes that start together, after a power cut, then post apart.
+    """
+    return interval_s * (0.5 + zlib.crc32(node_id.encode()) / 2**32)
 
 
 # --- what an answer leads to -------------------------------------------------------------

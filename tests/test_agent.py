@@ -98,23 +98,38 @@ def _renamed_sleep(folder: Path, name: str) -> str:
 # --- outages
 
 
+def waiting(process: AgentProcess) -> int:
+    """Return how many samples waited when the agent last told its counters; have it tell anew."""
+    process.process.send_signal(signal.SIGUSR1)
+    told = process.lines(COUNTERS)
+    return int(re.findall(r"(\d+) waiting", told[-1])[0]) if told else 0
+
+
 def test_down_at_the_start_for_five_heartbeats(start_agent: StartAgent, api: str) -> None:
     with Dashboard(KEY, api=api) as server:
         server.fault = "refuse"
         process = start_agent(server.url)
         eventually(lambda: process.lines("cannot deliver .* connection refused"))
-        time.sleep(5)
+        eventually(lambda: waiting(process) >= 5, step_s=0.5)
         server.fault = "off"
         eventually(lambda: len(server.stored()) >= 6)
         assert process.stop() == 0
         stored, counters = server.stored(), process.counters()
     assert counters["sampled"] == counters["delivered"] == len(stored)
-    newest = stored[0]
-    old = sorted(stamp for stamp in stored if stamp < newest)
-    assert len(old) >= 5
-    assert stored[1:] == old + sorted(stamp for stamp in stored if stamp > newest)
-    assert_on_time(sorted(stored), 1.0)
+    assert_newest_or_oldest_first(stored)
+    assert stored[0] != min(stored)  # it was the heartbeat
     assert len(process.lines("WARNING")) == 1 and len(process.lines("delivering again")) == 1
+
+
+def assert_newest_or_oldest_first(stored: list[str]) -> None:
+    """Each sample was the newest so far, or the oldest of those that had not been delivered.
+
+    When the newest ones came, and so how the two kinds mix, depends on the machine.
+    """
+    left = sorted(stored)
+    for index, stamp in enumerate(stored):
+        assert stamp == left[0] or stamp > max(stored[:index], default=""), stored
+        left.remove(stamp)
 
 
 def test_down_for_130_heartbeats(start_agent: StartAgent, api: str) -> None:

@@ -18,8 +18,8 @@ def test_a_returning_dashboard_is_not_run_over() -> None:
 
 
 def test_nodes_part_by_their_names() -> None:
-    phases = sorted(agent.phase(f"mta-{i:02}") for i in range(100))
-    assert phases[0] >= 0 and phases[-1] < 1
-    for quarter in range(4):
-        assert 15 <= sum(quarter / 4 <= phase < (quarter + 1) / 4 for phase in phases) <= 35
-    assert agent.phase("mta-07") == agent.phase("mta-07")
+    """To the second sample half to one and a half intervals pass, the same each time."""
+    pauses = [agent.second_pause_s(f"mta-{i:02}", 20.0) for i in range(100)]
+    assert pauses == [agent.second_pause_s(f"mta-{i:02}", 20.0) for i in range(100)]
+    for start in (10, 15, 20, 25):
+        assert 15 <= sum(start <= pause < start + 5 for pause in pauses) <= 35

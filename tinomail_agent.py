@@ -4,16 +4,28 @@
 Every HEARTBEAT_INTERVAL it reads CPU, memory, disks, network, TCP, the mail daemons and the
 mail ports of this machine, and posts them as JSON to DASHBOARD_URL with API_KEY.
 
-    timer -> collector thread -> buffer -> sender thread -> POST -> dashboard
-                                 a ring of BUFFER_SIZE samples, copied to disk when one waits;
-                                 a queue.Queue in it wakes the sender, which posts the newest
-                                 sample first, then up to 10 of the oldest
-    main thread: signals, progress of both threads, memory, systemd's notify socket
-    workers: calls that may never return (a disk, a stuck process), with a time limit
+    collector thread: at every tick, takes a sample and puts it into the buffer
+                      |  Buffer.put() wakes the sender
+    buffer:           a ring of BUFFER_SIZE samples, copied to disk when they wait
+                      |  the newest sample first, then up to 10 of the oldest
+    sender thread:    POST, judge the answer, plan the next attempt -> dashboard
+    main thread:      once a second and at a signal: progress of both threads, memory, systemd
+    worker threads:   calls that may never return (a disk, a stuck process), with a time limit
 
-Collecting never waits for the network. Sending never delays a sample. A sample leaves the
-buffer only when it was delivered or refused for good, or when the ring is full. A metric that
-cannot be read is omitted and counted, never sent as 0.
+Collecting never waits for the network. Sending never delays a sample. A metric that cannot be
+read is omitted and counted, never sent as 0.
+
+A sample leaves the buffer when the dashboard says that it has it; until then it is tried again.
+It is written to STATE_DIRECTORY when an attempt failed, when it has waited for a second, and
+before its first attempt while others wait. A sample is lost when the ring is full (dropped),
+when the dashboard rejects it five times but takes others (refused), when its file is damaged,
+and when the process is killed before it is on disk. All but the last are counted and logged.
+
+To add a metric:   a reader in Collector._make_readers(); v1 sends it as it is, MONITOR_SYSTEM
+                   names it for tinomail-monitor
+       a service:  SERVICES and the tables below it; SERVICE_ROLES, SERVICE_PORTS
+       a setting:  a field of Config
+       a status:   JSON_OUTCOMES, RETRIED or judge(); in one dialect: a Hint
 
 This file, from the top:
 
@@ -34,6 +46,7 @@ This file, from the top:
     what runs here              the services seen on this node, its role and ports
     ZoneMTA's own figures       its queue, from its HTTP API
     settings                    the table of settings, the env file
+    systemd                     its notify socket and watchdog
     logging                     lines for a terminal or the journal
     command line                --once, --check, main()
 
@@ -98,10 +111,7 @@ FILES_LIMIT_S = 4.0  # the same, for a file of /proc: late figures are better th
 ZONEMTA_POST_S = 5.0  # deadline of the post of ZoneMTA's figures
 REQUEST_DEADLINE_S = 10.0  # connect, TLS, request and answer together; name resolution aside
 SLOW_DEADLINE_S = 30.0  # the same, after an attempt that ran out of time
-CONNECTION_LIMIT_S = 3600.0  # a kept connection is closed: the dashboard may have moved
-ANSWER_LIMIT_BYTES = 64 * 1024  # of its headers, of its body, of its body decompressed
 BACKOFF_S = (1.0, 2.0, 4.0)  # before the 1st, 2nd and 3rd retry
-RETRY_AFTER_LIMIT_S = 300.0
 REGISTER_AGAIN_S = 300.0  # between two registrations because of a 404
 STRIKES = 5  # a sample that the dashboard refused so often, while it took others, is given up
 DRAIN_PER_SUCCESS = 10
@@ -123,24 +133,6 @@ T = TypeVar("T")
 
 
 # --- the service -------------------------------------------------------------------------
-
-
-class Notifier:
-    """Speaks to systemd over its notify socket (sd_notify(3)); silent without one."""
-
-    def __init__(self, environ: Mapping[str, str]) -> None:
-        self._socket = sdnotify.SystemdNotifier()
-        self.is_systemd = bool(environ.get("NOTIFY_SOCKET"))
-        if self.is_systemd and self._socket.socket:
-            self._socket.socket.settimeout(1.0)  # in case systemd does not read
-        ours = environ.get("WATCHDOG_PID", str(os.getpid())) == str(os.getpid())
-        micros = environ.get("WATCHDOG_USEC", "0") if ours else "0"
-        self.watchdog_s = int(micros) / 1e6 if micros.isdigit() else 0.0  # 0: no watchdog
-        self.ping_s = min(10.0, self.watchdog_s / 3) or 10.0
-
-    def send(self, *lines: str) -> None:
-        if self.is_systemd:
-            self._socket.notify("\n".join(lines))
 
 
 class Agent:
@@ -198,9 +190,8 @@ class Agent:
     def _receive_signals(self) -> set[int]:
         """Wait a moment for signals; return the numbers of those that came."""
         pause = min(SUPERVISE_S, self._notifier.ping_s / 2) if self._is_ready else 0.05
-        if select.select([self._signals], [], [], pause)[0]:
-            return set(self._signals.recv(4096))
-        return set()
+        is_there, _, _ = select.select([self._signals], [], [], pause)
+        return set(self._signals.recv(4096)) if is_there else set()
 
     def _end(self, collector: threading.Thread, sender: threading.Thread) -> None:
         """Stop both threads; all of it takes STOP_LIMIT_S at most."""
@@ -211,10 +202,10 @@ class Agent:
         collector.join(STOP_LIMIT_S - 1.5)  # the sender posts the sample under way too
         self._buffer.close()
         self._buffer.save()  # the time may be over before all is delivered
-        look_up_limit = time.monotonic() + LOOK_UP_AT_STOP_S
+        look_up_deadline = time.monotonic() + LOOK_UP_AT_STOP_S
         while sender.is_alive() and time.monotonic() < deadline:
-            if self._sender.is_resolving and time.monotonic() > look_up_limit:
-                break
+            if self._sender.due == math.inf and time.monotonic() > look_up_deadline:
+                break  # the sender looks a name up
             sender.join(0.05)
         self._buffer.save()
 
@@ -293,26 +284,22 @@ class Agent:
             rss_mib = own_rss_bytes() / MIB
         except OSError:
             return False  # out of file descriptors, say
-        if not self._notifier.is_systemd or rss_mib <= limit_mib:
+        is_large = self._notifier.is_systemd and rss_mib > limit_mib
+        if is_large:
+            self._problems.begin(
+                "memory", f"more memory is used than MEMORY_LIMIT_MB={limit_mib} allows, asking "
+                "systemd for a restart", f"{rss_mib:.0f} MiB", logging.CRITICAL,
+            )
+        else:
             self._problems.end("memory")
-            return False
-        self._problems.begin(
-            "memory", f"more memory is used than MEMORY_LIMIT_MB={limit_mib} allows, asking "
-            "systemd for a restart", f"{rss_mib:.0f} MiB", logging.CRITICAL,
-        )
-        return True
+        return is_large
 
     def _figures(self) -> dict[str, Any]:
-        counters = self._buffer.counters()
-        figures: dict[str, Any] = {
-            "buffered": counters.waiting,
-            "sent_total": counters.delivered,
-            "dropped_total": counters.dropped,
-            "refused_total": counters.refused,
-        }
-        if self._sender.clock_offset_s is not None:
-            figures["clock_offset_sec"] = self._sender.clock_offset_s
-        return figures
+        """Return what a sample tells of the other threads."""
+        c, offset = self._buffer.counters(), self._sender.clock_offset_s
+        figures = {"buffered": c.waiting, "sent_total": c.delivered, "dropped_total": c.dropped,
+                   "refused_total": c.refused}
+        return figures if offset is None else {**figures, "clock_offset_sec": offset}
 
     def _counters(self) -> str:
         c = self._buffer.counters()
@@ -330,15 +317,9 @@ class Collector:
     """Takes the samples; used by one thread only."""
 
     def __init__(
-        self,
-        config: Config,
-        *,
-        proc: str = "/proc",
-        sys_root: str = "/sys",
-        clock: Callable[[], float] = time.monotonic,
-        now: Callable[[], float] = time.time,
-        agent_figures: Callable[[], dict[str, Any]] = dict,
-        seen: ServicesSeen | None = None,
+        self, config: Config, *, proc: str = "/proc", sys_root: str = "/sys",
+        clock: Callable[[], float] = time.monotonic, now: Callable[[], float] = time.time,
+        agent_figures: Callable[[], dict[str, Any]] = dict, seen: ServicesSeen | None = None,
     ) -> None:
         """seen: the services seen on this node, in earlier runs too."""
         self._config = config
@@ -384,11 +365,6 @@ class Collector:
             "listen_overflows": lambda: read_listen_overflows(proc),
         }
 
-    @property
-    def role(self) -> str:
-        is_auto = self._config.node_role == "auto"
-        return self._seen.role() if is_auto else self._config.node_role
-
     # - one sample
 
     def prime(self) -> None:
@@ -413,7 +389,8 @@ class Collector:
         ):
             if found := self._try(name, reader):
                 body[part] = found
-        role = body["role"] = self.role
+        role = self._config.node_role
+        role = body["role"] = self._seen.role() if role == "auto" else role
         body["seen"] = self._seen.services()
         own_memory = self._try("rss_bytes", lambda: {"rss_bytes": own_rss_bytes()})
         self._log_readable()
@@ -677,8 +654,9 @@ class Buffer:
 class Tries:
     """What became of the attempts at one sample, or at the heartbeats since the last success."""
 
+    since: float = math.inf  # when the first one failed
     failures: int = 0  # in this round: an attempt and its retries
-    strikes: int = 0
+    strikes: int = 0  # how often the dashboard rejected this sample, while it took others
     deliveries: int = 0  # of other samples, when the last strike was counted
 
 
@@ -690,13 +668,8 @@ class Sender:
     """
 
     def __init__(
-        self,
-        config: Config,
-        buffer: Buffer,
-        transport: Transport,
-        *,
-        clock: Callable[[], float] = time.monotonic,
-        now: Callable[[], float] = time.time,
+        self, config: Config, buffer: Buffer, transport: Transport, *,
+        clock: Callable[[], float] = time.monotonic, now: Callable[[], float] = time.time,
         jitter: Callable[[], float] = random.random,
     ) -> None:
         self._config = config
@@ -716,7 +689,6 @@ class Sender:
         self._retry_at = self._quiet_until = self._register_after = -math.inf
         self.stop_by = math.inf  # no attempt begins that would not end by then
         self._heartbeats = Tries()  # since the last one that was delivered
-        self._failing_since = math.inf  # when the first of them failed
         self._is_down = False  # their retries are used up, or of no use
         self._tries: dict[int, Tries] = {}  # by seq: the samples that come after all others
         self._deliveries = 0
@@ -759,10 +731,6 @@ class Sender:
         """When this thread will have made progress (monotonic); infinite during a name look-up."""
         return max(self._due, self._transport.deadline)
 
-    @property
-    def is_resolving(self) -> bool:
-        return self._transport.deadline == math.inf
-
     def step(self) -> float:
         """Make the attempt that is due; return the seconds until the next, a new sample aside."""
         self._report_losses()
@@ -796,60 +764,46 @@ class Sender:
             self._buffer.settle(sample, delivered=True)
             self._deliveries += 1
             if is_heartbeat:
-                self._heartbeat_delivered(sample)
+                self._plan = self._buffer.oldest(DRAIN_PER_SUCCESS, last=self._tries)
+                self._report_recovery()
+                self._heartbeats = Tries()
+                self._post_zonemta(sample)
             return
         tries = self._heartbeats if is_heartbeat else self._tries.setdefault(sample.seq, Tries())
         tries.failures += verdict.outcome is Outcome.RETRY
+        tries.since = min(tries.since, self._clock())
         is_refused = self._count_strike(sample, verdict, tries.failures) >= STRIKES
         self._buffer.settle(sample, refused=is_refused)
         self._buffer.save()
         if is_refused:
             self._refusal = verdict
-        elif is_heartbeat:
-            self._heartbeat_failed(verdict)
         else:
-            self._old_sample_failed(verdict, tries)
+            self._plan_retry(verdict, tries, is_heartbeat)
 
-    def _heartbeat_delivered(self, sample: Sample) -> None:
-        self._plan = self._buffer.oldest(DRAIN_PER_SUCCESS, last=self._tries)
-        self._report_recovery()
-        self._heartbeats, self._failing_since = Tries(), math.inf
-        self._post_zonemta(sample)
+    def _plan_retry(self, verdict: Verdict, tries: Tries, is_heartbeat: bool) -> None:
+        """Plan the next attempt at the same sample; if none is to come soon, log why.
 
-    def _heartbeat_failed(self, verdict: Verdict) -> None:
-        """Plan a retry; none once the dashboard is known to be down: the next sample is one."""
-        self._failing_since = min(self._failing_since, self._clock())
-        if self._is_down or not self._plan_retry(verdict, self._heartbeats.failures):
-            self._plan = []
+        Then a heartbeat waits for the next one: the dashboard is down. An old sample comes after
+        all others; after the dashboard's own refusal the next old one follows at once.
+        """
+        if verdict.outcome is Outcome.RETRY and not self._is_down:
+            pause = backoff_s(tries.failures, self._jitter())
+            if pause is not None and self._quiet_until - self._clock() <= sum(BACKOFF_S):
+                self._retry_at = self._clock() + pause
+                return
+        self._plan = self._plan[1:] if verdict.outcome is Outcome.REFUSED else []
+        if is_heartbeat:
             self._is_down = True
             size = self._config.buffer_size
             self._problems.begin(
                 "delivery", f"cannot deliver samples (keeping up to {size}): {verdict.problem}",
                 verdict.detail,
             )
-
-    def _old_sample_failed(self, verdict: Verdict, tries: Tries) -> None:
-        """Plan a retry; without one, the sample comes after all others from now on.
-
-        After the dashboard's own refusal the next sample follows: that one may be taken.
-        """
-        if self._plan_retry(verdict, tries.failures):
-            return
-        tries.failures = 0
-        self._plan = self._plan[1:] if verdict.outcome is Outcome.REFUSED else []
-        self._problems.begin(
-            "drain", f"cannot deliver an old sample: {verdict.problem}", verdict.detail
-        )
-
-    def _plan_retry(self, verdict: Verdict, failures: int) -> bool:
-        """Plan the next attempt at the same sample; return False if there is none soon."""
-        if verdict.outcome is not Outcome.RETRY:
-            return False
-        pause = backoff_s(failures, self._jitter())
-        if pause is None or self._quiet_until - self._clock() > sum(BACKOFF_S):
-            return False
-        self._retry_at = self._clock() + pause
-        return True
+        else:
+            tries.failures = 0
+            self._problems.begin(
+                "drain", f"cannot deliver an old sample: {verdict.problem}", verdict.detail
+            )
 
     def _count_strike(self, sample: Sample, verdict: Verdict, failures: int) -> int:
         """Return the strikes of a sample; count one more if the dashboard rejects it alone.
@@ -876,14 +830,13 @@ class Sender:
             if not self._node_id:
                 return verdict
         verdict = self._post(newest)
-        if verdict.outcome is not Outcome.REGISTER or self._clock() < self._register_after:
-            return verdict
-        again = self._register(newest)
-        if again.outcome is not Outcome.DELIVERED:
-            return again
-        verdict = self._post(newest)
-        if verdict.outcome is Outcome.REGISTER:
-            self._register_after = self._clock() + REGISTER_AGAIN_S
+        if verdict.outcome is Outcome.REGISTER and self._clock() >= self._register_after:
+            registration = self._register(newest)
+            if registration.outcome is not Outcome.DELIVERED:
+                return registration
+            verdict = self._post(newest)
+            if verdict.outcome is Outcome.REGISTER:
+                self._register_after = self._clock() + REGISTER_AGAIN_S
         return verdict
 
     def _register(self, sample: Sample) -> Verdict:
@@ -976,16 +929,14 @@ class Sender:
         if date is None:
             return
         self.clock_offset_s = offset = round(self._now() - date - 0.5)  # Date is cut to the second
-        if abs(offset) > CLOCK_OFFSET_LIMIT_S:
-            self._clock_agrees = 0
+        self._clock_agrees = self._clock_agrees + 1 if abs(offset) <= CLOCK_OFFSET_LIMIT_S else 0
+        if not self._clock_agrees:
             way = "ahead of" if offset > 0 else "behind"
             self._problems.begin(
                 "clock", f"this node's clock is {way} the dashboard's: "
                 "is time synchronisation running?", f"{abs(offset)} s",
             )
-            return
-        self._clock_agrees += 1
-        if self._clock_agrees >= CLOCK_AGREES:
+        elif self._clock_agrees >= CLOCK_AGREES:
             self._problems.end("clock", "this node's clock agrees with the dashboard's again")
 
     def _report_recovery(self) -> None:
@@ -1000,7 +951,7 @@ class Sender:
         size = self._config.buffer_size
         self._problems.end(
             "delivery",
-            f"delivering again after {self._clock() - self._failing_since:.0f} s, "
+            f"delivering again after {self._clock() - self._heartbeats.since:.0f} s, "
             f"{counters.waiting} waiting"
             + (f", {lost} dropped (BUFFER_SIZE={size} was too small)" if lost else ""),
             logging.WARNING if lost else logging.INFO,
@@ -1212,6 +1163,7 @@ def second_pause_s(node_id: str, interval_s: float) -> float:
 
 EXCERPT_CHARS = 200  # of a dashboard's answer, in the log
 HEADER_CHARS = 60  # of a header of it
+RETRY_AFTER_LIMIT_S = 300.0
 KEY_RUN = 6  # so many characters of the key in a row are not logged
 
 
@@ -1595,6 +1547,9 @@ DIALECTS = {"v1": V1, "tinomail-monitor": MONITOR}
 
 
 # --- the way to the dashboard ------------------------------------------------------------
+
+CONNECTION_LIMIT_S = 3600.0  # then a kept connection is closed: the dashboard may have moved
+ANSWER_LIMIT_BYTES = 64 * 1024  # of its headers, of its body, of its body decompressed
 
 
 @dataclass(frozen=True, slots=True)
@@ -3882,6 +3837,27 @@ def _is_loopback(host: str | None) -> bool:
         return socket.inet_pton(socket.AF_INET, host or "")[0] == 127
     except OSError:
         return False
+
+
+# --- systemd -----------------------------------------------------------------------------
+
+
+class Notifier:
+    """Speaks to systemd over its notify socket (sd_notify(3)); silent without one."""
+
+    def __init__(self, environ: Mapping[str, str]) -> None:
+        self._socket = sdnotify.SystemdNotifier()
+        self.is_systemd = bool(environ.get("NOTIFY_SOCKET"))
+        if self.is_systemd and self._socket.socket:
+            self._socket.socket.settimeout(1.0)  # in case systemd does not read
+        ours = environ.get("WATCHDOG_PID", str(os.getpid())) == str(os.getpid())
+        micros = environ.get("WATCHDOG_USEC", "0") if ours else "0"
+        self.watchdog_s = int(micros) / 1e6 if micros.isdigit() else 0.0  # 0: no watchdog
+        self.ping_s = min(10.0, self.watchdog_s / 3) or 10.0
+
+    def send(self, *lines: str) -> None:
+        if self.is_systemd:
+            self._socket.notify("\n".join(lines))
 
 
 # --- logging -----------------------------------------------------------------------------

@@ -383,7 +383,7 @@ class Collector:
         body: dict[str, Any] = {"timestamp": iso_utc(taken), "system": system}
         for part, name, reader in (
             ("processes", "processes", self._read_processes),
-            ("accept_queue", "accept_queue", self._read_accept_queues),
+            ("accept_queue", "accept_queue", self._read_accept_queues),  # without our own connects
             ("services", "services", self._check_ports),
             ("zonemta", "ZoneMTA's figures (ZONEMTA_URL)", self._read_zonemta),
         ):
@@ -584,8 +584,7 @@ class Buffer:
         self._sync()
 
     def _sync(self, limit_s: float = DISK_LIMIT_S) -> None:
-        is_due = self._due_files() or not self._is_loaded or self._worker.hanging()
-        if self._state and is_due:
+        if self._state and (not self._is_loaded or self._worker.hanging or self._due_files()):
             self._worker.run({STATE_DIRECTORY: self._sync_files}, limit_s)
 
     def _due_files(self) -> list[int]:
@@ -1053,8 +1052,8 @@ class Worker:
         self._limit_s = limit_s
         self._problems = problems
         self._inbox: queue.SimpleQueue[Batch | None] | None = None  # of the thread at rest
-        self._abandoned: dict[str, Batch] = {}  # name of a call that hangs -> its batch
         self._lock = threading.Lock()  # one run() at a time
+        self.hanging: dict[str, Batch] = {}  # by the name of the call that hangs
 
     def run(
         self, calls: Mapping[str, Callable[[], T]], limit_s: float = 0.0
@@ -1068,21 +1067,21 @@ class Worker:
         if not self._lock.acquire(timeout=self._limit_s):
             return {}
         try:
-            self._note_returned()
+            for name, batch in list(self.hanging.items()):
+                if name in batch.results:
+                    del self.hanging[name]
+                    self._problems.end(name, f"{name} no longer hangs")
             limit_s = limit_s or self._limit_s
             deadline = time.monotonic() + limit_s
             results: dict[str, Any] = {}
-            todo = {name: call for name, call in calls.items() if name not in self._abandoned}
-            while todo and len(self._abandoned) < self.MOST_ABANDONED:
+            todo = {name: call for name, call in calls.items() if name not in self.hanging}
+            while todo and len(self.hanging) < self.MOST_ABANDONED and time.monotonic() < deadline:
                 batch = self._start(todo)
                 is_finished = self._wait(batch, deadline, limit_s / 2)
                 results.update(batch.results)
                 if is_finished:
                     break
-                self._abandon(batch)
                 todo = {n: call for n, call in todo.items() if n not in {*results, batch.current}}
-                if time.monotonic() >= deadline:
-                    break
             return results
         finally:
             self._lock.release()
@@ -1093,10 +1092,6 @@ class Worker:
         if isinstance(answer, Exception):
             raise answer
         return answer
-
-    def hanging(self) -> frozenset[str]:
-        """Return the names of the calls that hang."""
-        return frozenset(self._abandoned)
 
     def _start(self, calls: Mapping[str, Callable[[], Any]]) -> Batch:
         if self._inbox is None:
@@ -1124,26 +1119,17 @@ class Worker:
                 return
 
     def _wait(self, batch: Batch, deadline: float, call_limit_s: float) -> bool:
-        """Tell whether a batch finished in time: all of it, and each of its calls."""
+        """Wait until a batch is finished; abandon it if that, or one call of it, takes too long."""
         while not batch.finished.is_set():
             left = min(deadline, batch.begun + call_limit_s) - time.monotonic()
             if left <= 0:
+                batch.is_abandoned, self._inbox = True, None
+                if batch.current:  # else its thread did not even begin: the machine is very busy
+                    self.hanging[batch.current] = batch
+                    self._problems.begin(batch.current, f"{batch.current} hangs")
                 return False
             batch.finished.wait(left)
         return True
-
-    def _abandon(self, batch: Batch) -> None:
-        batch.is_abandoned = True
-        self._inbox = None
-        if batch.current:  # else the thread did not even begin: the machine is very busy
-            self._abandoned[batch.current] = batch
-            self._problems.begin(batch.current, f"{batch.current} hangs")
-
-    def _note_returned(self) -> None:
-        for name, batch in list(self._abandoned.items()):
-            if name in batch.results:
-                del self._abandoned[name]
-                self._problems.end(name, f"{name} no longer hangs")
 
 
 def next_tick(due: float, now: float, interval: float) -> float:

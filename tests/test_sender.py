@@ -466,6 +466,18 @@ def test_a_poison_sample_is_given_up_at_a_short_heartbeat_too(site: Site) -> Non
     assert agent.STRIKES * round_of <= site.posted().count("t3") < (agent.STRIKES + 1) * round_of
 
 
+def test_what_is_known_of_a_sample_is_forgotten_when_it_left_the_buffer() -> None:
+    """Every second sample is refused at its first attempts; most of them are dropped."""
+    site = Site(buffer_size=10)
+    site.answer = lambda request: (
+        Answer(422, body=REFUSAL) if int(stamp_of(request)[1:]) % 2 else OK
+    )
+    for _ in range(100):
+        site.beat()
+        assert len(site.sender._tries) <= 11
+    assert site.counters.refused + site.counters.dropped > 30
+
+
 def test_refused_samples_make_a_line_an_hour(
     site: Site, caplog: pytest.LogCaptureFixture
 ) -> None:

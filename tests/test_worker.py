@@ -47,7 +47,7 @@ def test_results_come_by_name_in_order_and_exceptions_too() -> None:
     found = worker.run({"a": lambda: next(turn), "bad": fail, "b": lambda: next(turn)})
     assert (found["a"], found["b"]) == (1, 2)
     assert isinstance(found["bad"], FileNotFoundError)
-    assert worker.run({}) == {} and worker.hanging() == frozenset()
+    assert worker.run({}) == {} and not worker.hanging
 
 
 def test_one_thread_serves_all_runs_while_nothing_hangs() -> None:
@@ -69,11 +69,11 @@ def test_what_hangs_is_named_once_and_not_called_again_until_it_returns(
         started = time.monotonic()
         assert worker.run(calls) == {"first": 1, "last": 3}
         if round_no:
-            assert "the stuck one" in worker.hanging()
+            assert "the stuck one" in worker.hanging
             assert time.monotonic() - started < 60  # never for ever
     assert [r.message for r in caplog.records] == ["the stuck one hangs"]
     fifo.release()
-    eventually(lambda: worker.run({}) == {} and not worker.hanging())
+    eventually(lambda: worker.run({}) == {} and not worker.hanging)
     assert [r.message for r in caplog.records][1:] == ["the stuck one no longer hangs"]
     assert worker.run({"first": quick(1)}) == {"first": 1}
 
@@ -85,14 +85,14 @@ def test_at_most_four_calls_are_abandoned_and_none_is_left(tmp_path: Path) -> No
     started = time.monotonic()
     for _ in range(5):
         worker.run({fifo.path.name: fifo.read for fifo in fifos})
-    assert len(worker.hanging()) == agent.Worker.MOST_ABANDONED
+    assert len(worker.hanging) == agent.Worker.MOST_ABANDONED
     assert len(set(workers()) - before) == agent.Worker.MOST_ABANDONED
     assert worker.run({"healthy": quick(1)}) == {}  # nothing new: it counts as hanging
     assert time.monotonic() - started < 60
     for fifo in fifos:
-        if fifo.path.name in worker.hanging():
+        if fifo.path.name in worker.hanging:
             fifo.release()
-    eventually(lambda: not worker.run({}) and not worker.hanging())
+    eventually(lambda: not worker.run({}) and not worker.hanging)
     eventually(lambda: len(set(workers()) - before) == 0, what="abandoned threads end")
     assert worker.run({"healthy": quick(1)}) == {"healthy": 1}
 

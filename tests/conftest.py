@@ -24,8 +24,11 @@ KEY = "s3cret$with#odd'chars"
 
 
 def make_config(url: str = "http://127.0.0.1:9", **settings: Any) -> agent.Config:
-    """Return a Config as from these settings (upper or lower case), the defaults aside."""
-    environ = {"DASHBOARD_URL": url, "API_KEY": KEY, "NODE_ID": "mta-01"}
+    """Return a Config as from these settings (upper or lower case).
+
+    Else the defaults, but for ZONEMTA_URL: a ZoneMTA may run on this machine.
+    """
+    environ = {"DASHBOARD_URL": url, "API_KEY": KEY, "NODE_ID": "mta-01", "ZONEMTA_URL": "off"}
     environ |= {name.upper(): str(value) for name, value in settings.items()}
     return agent.load_config(environ, os.devnull)
 

@@ -1041,9 +1041,9 @@ class Batch:
 class Worker:
     """Makes calls that may never return in a daemon thread, with a time limit for all of them.
 
-    A single call has half of that time. One that does not return by then is abandoned with its
-    thread: it is named in the log, and not made again until it returns. A new thread makes the
-    calls that are left. While MOST_ABANDONED calls hang, none is made.
+    Each call has half of the time that is left when it begins. One that takes longer is abandoned
+    with its thread: it is named in the log, and not made again until it returns. A new thread
+    makes the calls that follow. While MOST_ABANDONED calls hang, none is made.
     """
 
     MOST_ABANDONED = 4
@@ -1071,16 +1071,15 @@ class Worker:
                 if name in batch.results:
                     del self.hanging[name]
                     self._problems.end(name, f"{name} no longer hangs")
-            limit_s = limit_s or self._limit_s
-            deadline = time.monotonic() + limit_s
+            deadline = time.monotonic() + (limit_s or self._limit_s)
             results: dict[str, Any] = {}
             todo = {name: call for name, call in calls.items() if name not in self.hanging}
             while todo and len(self.hanging) < self.MOST_ABANDONED and time.monotonic() < deadline:
                 batch = self._start(todo)
-                is_finished = self._wait(batch, deadline, limit_s / 2)
+                is_finished = self._wait(batch, deadline)
                 results.update(batch.results)
-                if is_finished:
-                    break
+                if is_finished or not batch.current:
+                    break  # without a current call, the thread did not even begin: a busy machine
                 todo = {n: call for n, call in todo.items() if n not in {*results, batch.current}}
             return results
         finally:
@@ -1118,13 +1117,13 @@ class Worker:
             if batch.is_abandoned:
                 return
 
-    def _wait(self, batch: Batch, deadline: float, call_limit_s: float) -> bool:
-        """Wait until a batch is finished; abandon it if that, or one call of it, takes too long."""
+    def _wait(self, batch: Batch, deadline: float) -> bool:
+        """Wait until a batch is finished; abandon it if one of its calls takes too long."""
         while not batch.finished.is_set():
-            left = min(deadline, batch.begun + call_limit_s) - time.monotonic()
+            left = (batch.begun + deadline) / 2 - time.monotonic()
             if left <= 0:
                 batch.is_abandoned, self._inbox = True, None
-                if batch.current:  # else its thread did not even begin: the machine is very busy
+                if batch.current:
                     self.hanging[batch.current] = batch
                     self._problems.begin(batch.current, f"{batch.current} hangs")
                 return False

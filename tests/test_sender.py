@@ -766,12 +766,13 @@ def test_two_dashboards_with_clocks_of_their_own(
     assert len(said(caplog, logging.WARNING)) == 1
 
 
+@pytest.mark.parametrize("fraction", [0.1, 0.9])  # of the second that Date leaves out
 @pytest.mark.parametrize("offset", [-20, 0, 20])
 def test_a_small_offset_is_not_said(
-    offset: int, site: Site, caplog: pytest.LogCaptureFixture
+    offset: int, fraction: float, site: Site, caplog: pytest.LogCaptureFixture
 ) -> None:
     site.answer = lambda request: Answer(201, date="Sun, 15 Jun 2025 14:00:00 GMT")
-    site.clock.wall = 1_749_996_000.4 + offset
+    site.clock.wall = 1_749_996_000 + fraction + offset
     site.beat()
     assert site.sender.clock_offset_s == offset
     assert said(caplog, logging.WARNING) == []
@@ -797,6 +798,16 @@ def test_the_end_delivers_the_last_sample_and_some_of_the_oldest(site: Site) -> 
     site.answer = lambda request: OK
     finish(site)
     assert site.delivered == stamps(1, 16, *range(2, 12))
+
+
+def test_after_the_close_the_newest_is_tried_once_more_and_the_oldest_follow(site: Site) -> None:
+    site.beat()
+    site.answer = lambda request: Answer(401)
+    site.beat(4)
+    site.answer = lambda request: OK
+    site.buffer.close()
+    site.sender.run()
+    assert site.delivered == stamps(1, 5, 2, 3, 4)
 
 
 def test_the_end_comes_with_the_first_failure(site: Site) -> None:

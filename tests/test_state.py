@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ROOT, eventually
+from conftest import ROOT, eventually, make_config
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
@@ -221,6 +221,20 @@ def test_threads_that_fill_drain_and_mirror_at_once(folder: Path) -> None:
         deliver()
     assert crashes == []
     eventually(lambda: saved(buffer) and on_disk(folder) == [])
+
+
+def test_at_the_stop_all_that_waits_is_on_disk(folder: Path) -> None:
+    """Although the sender cannot end in time: it looks a name up that no server answers for."""
+    service = agent.Agent(make_config(), {"STATE_DIRECTORY": str(folder)})
+    is_over = threading.Event()
+    collector, sender = threading.Thread(), threading.Thread(target=is_over.wait)
+    service._buffer.load()
+    service._buffer.put(sample(1))
+    sender.start()
+    collector.start()
+    service._end(collector, sender)
+    is_over.set()
+    assert on_disk(folder) == [1]
 
 
 # --- what the next life finds

@@ -729,7 +729,7 @@ def test_files_of_an_lxcfs_that_is_stuck(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In a container a process answers for them: a reader waits for it without limit."""
-    monkeypatch.setattr(agent, "FILES_LIMIT_S", 0.5)
+    monkeypatch.setattr(agent, "FILES_LIMIT_S", 2.0)
     proc = tmp_path / "proc"
     proc.mkdir()
     for name in ("1", "self", "net", "sys", "stat", "diskstats", "meminfo", "vmstat", "pressure"):

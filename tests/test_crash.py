@@ -18,7 +18,8 @@ import dataclasses, os, sys
 import tinomail_agent as a
 a.PRIME_S, a.CRASH_PAUSE_S, a.HANG_AFTER_S = 0.1, 0.2, 0.5
 if sys.argv[1] == "memory":
-    a.own_rss_bytes = lambda: int(sys.argv[2]) * a.MIB
+    rss = int(sys.argv[2]) * a.MIB
+    a.own_rss_bytes = lambda: rss
     sys.argv[1:] = ["Collector", "collect", "0"]
 owner, name = getattr(a, sys.argv[1]), sys.argv[2]
 left, real = int(sys.argv[3]), getattr(owner, name)

@@ -223,8 +223,11 @@ def test_threads_that_fill_drain_and_mirror_at_once(folder: Path) -> None:
     eventually(lambda: saved(buffer) and on_disk(folder) == [])
 
 
-def test_at_the_stop_all_that_waits_is_on_disk(folder: Path) -> None:
+def test_at_the_stop_all_that_waits_is_on_disk(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Although the sender cannot end in time: it looks a name up that no server answers for."""
+    monkeypatch.setattr("tinomail_agent.sdnotify.SystemdNotifier", object)
     service = agent.Agent(make_config(), {"STATE_DIRECTORY": str(folder)})
     is_over = threading.Event()
     collector, sender = threading.Thread(), threading.Thread(target=is_over.wait)

@@ -102,7 +102,7 @@ import urllib3  # requests' own: its connections get a deadline here
 import urllib3.connection
 
 VERSION = "1.0.0"
-RELEASED = 1_793_491_200  # 2026-11-01, in epoch seconds: a clock before it is not set yet
+RELEASED = 1_793_491_200  # 2026-11-01, in epoch seconds: a clock that shows less is not set yet
 EX_TEMPFAIL, EX_CONFIG = 75, 78  # sysexits.h
 
 PRIME_S = 1.0  # the first rates and CPU shares are measured over this long
@@ -113,19 +113,19 @@ REQUEST_DEADLINE_S = 10.0  # connect, TLS, request and answer together; name res
 SLOW_DEADLINE_S = 30.0  # the same, after an attempt that ran out of time
 BACKOFF_S = (1.0, 2.0, 4.0)  # before the 1st, 2nd and 3rd retry
 REGISTER_AGAIN_S = 300.0  # between two registrations because of a 404
-STRIKES = 5  # a sample that the dashboard refused so often, while it took others, is given up
+STRIKES = 5  # a sample is refused for good if the dashboard rejects it so often, but takes others
 DRAIN_PER_SUCCESS = 10
 SAVE_AFTER_S = 1.0  # what is not delivered by then is written to the disk
 DISK_LIMIT_S = 1.0  # for what is written to STATE_DIRECTORY at a time
 LOAD_LIMIT_S = 10.0  # for reading it at the start
 STOP_LIMIT_S = 5.0
-LOOK_UP_AT_STOP_S = 1.0  # a stop waits no longer for a name look-up
+LOOK_UP_AT_STOP_S = 1.0  # how long a stop waits for a name look-up
 CLOCK_OFFSET_LIMIT_S = 30
-CLOCK_AGREES = 20  # answers in a row, until the clock is called right again
+CLOCK_AGREES = 20  # so many answers in a row end the problem with the clock
 REFUSED_LOG_S = 3600.0  # between two lines about refused samples
 CRASH_PAUSE_S = 10.0
 SUPERVISE_S = 1.0
-HANG_AFTER_S = 15.0  # a thread that is overdue by so much, and by the watchdog's time, hangs
+HANG_AFTER_S = 15.0  # a thread hangs if it is overdue by this and by the watchdog's time
 MIB = 1024 * 1024
 
 log = logging.getLogger("tinomail_agent")
@@ -150,9 +150,9 @@ class Agent:
         self._collector = Collector(
             config, agent_figures=self._figures, seen=ServicesSeen(folder)
         )
-        self._collector_due = math.inf  # by then the collector has made progress, if it is well
+        self._collector_due = math.inf  # when the collector will have made progress (monotonic)
         self._clock_problem = Problems()  # of the collector thread
-        self._has_sampled = threading.Event()  # or waits for the clock
+        self._has_sampled = threading.Event()  # or the clock is not set yet
         self._problems = Problems()  # of the main thread
         self._notifier = Notifier(environ)
         self._is_ready = False
@@ -162,7 +162,7 @@ class Agent:
     def run(self) -> int:
         """Run until SIGTERM, SIGINT or SIGHUP; return the exit code."""
         # The handlers do nothing: the number of each signal arrives at this socket.
-        # (sigtimedwait() would do, but reports a signal when a SIGCONT ends it.)
+        # (sigtimedwait() reports a signal that never came when a SIGCONT ends it.)
         self._signals, wakeup = socket.socketpair()
         wakeup.setblocking(False)
         signal.set_wakeup_fd(wakeup.fileno(), warn_on_full_buffer=False)
@@ -247,7 +247,7 @@ class Agent:
     # - supervision
 
     def _supervise(self) -> None:
-        """See that both threads live, and tell systemd."""
+        """Tell systemd that the agent is ready, and then that both threads make progress."""
         if not self._is_ready:
             if not self._has_sampled.is_set():
                 return
@@ -328,8 +328,8 @@ class Collector:
         self._agent_figures = agent_figures
         self._seen = seen or ServicesSeen(clock=clock)
         self._problems = Problems()
-        self._unread: set[str] = set()  # the metrics that are missing in this sample,
-        self._was_unread: set[str] = set()  # and in the one before
+        self._unread: set[str] = set()  # the metrics that are missing in this sample
+        self._was_unread: set[str] = set()  # the same, in the sample before
         self._zonemta = ZoneMta(config.zonemta_url) if config.zonemta_url != "off" else None
         self._runs_zonemta = False
         self.collect_errors = 0
@@ -371,7 +371,7 @@ class Collector:
         """Take a first reading of every counter, so that the next one has rates."""
         rates = [self.readers[name] for name in ("cpu", "disk_io", "network", "pressure")]
         for reader in (self._processes.read, *rates):
-            with contextlib.suppress(*READ_ERRORS):  # the first sample logs what cannot be read
+            with contextlib.suppress(*READ_ERRORS):  # the first sample will log it
                 reader()
 
     def collect(self) -> Sample:
@@ -635,9 +635,7 @@ class Buffer:
         if new:
             log.info("loaded %d undelivered samples from the last run", len(new))
         if dropped > 0:
-            log.warning(
-                "dropped %d saved samples: BUFFER_SIZE=%d is too small", dropped, self._size
-            )
+            log.warning("dropped %d saved samples: BUFFER_SIZE=%d is too small", dropped, self._size)
         if found.damaged:
             log.warning("deleted %d damaged sample files (a power cut?)", found.damaged)
         if found.unread:
@@ -651,7 +649,7 @@ class Buffer:
 
 @dataclass(slots=True)
 class Tries:
-    """What became of the attempts at one sample, or at the heartbeats since the last success."""
+    """The attempts at one sample, or at all heartbeats since the last success."""
 
     since: float = math.inf  # when the first one failed
     failures: int = 0  # in this round: an attempt and its retries
@@ -687,19 +685,19 @@ class Sender:
         # Not before: a retry; any request (Retry-After); another registration.
         self._retry_at = self._quiet_until = self._register_after = -math.inf
         self.stop_by = math.inf  # no attempt begins that would not end by then
-        self._heartbeats = Tries()  # since the last one that was delivered
-        self._is_down = False  # their retries are used up, or of no use
-        self._tries: dict[int, Tries] = {}  # by seq: the samples that come after all others
+        self._heartbeats = Tries()  # at all heartbeats since the last one that was delivered
+        self._is_down = False  # their retries are used up, or retries are of no use
+        self._tries: dict[int, Tries] = {}  # by seq: at samples that come after all others
         self._deliveries = 0
         self._last_took_s = 0.0
         self._last_answer = "nothing sent yet"
-        self._dropped_told = self._refused_told = 0
+        self._dropped_told = self._refused_told = 0  # how many the log has named
         self._refused_told_at = -math.inf
-        self._refusal: Verdict | None = None  # the last one
+        self._refusal: Verdict | None = None  # of the sample that was refused last
         self._clock_agrees = 0
         self.clock_offset_s: int | None = None  # this node's clock minus the dashboard's
         self.crashes, self._is_crashing = 0, False
-        self._due = math.inf  # by then this thread has made progress, if it is well
+        self._due = math.inf  # when the pause after the last step ends; in a step: now (monotonic)
 
     def run(self) -> None:
         """Deliver until the buffer is closed, then what the time allows."""

@@ -635,7 +635,9 @@ class Buffer:
         if new:
             log.info("loaded %d undelivered samples from the last run", len(new))
         if dropped > 0:
-            log.warning("dropped %d saved samples: BUFFER_SIZE=%d is too small", dropped, self._size)
+            log.warning(
+                "dropped %d saved samples: BUFFER_SIZE=%d is too small", dropped, self._size
+            )
         if found.damaged:
             log.warning("deleted %d damaged sample files (a power cut?)", found.damaged)
         if found.unread:

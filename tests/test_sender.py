@@ -250,6 +250,16 @@ def test_retries_and_then_one_attempt_per_heartbeat(site: Site) -> None:
     ]
 
 
+def test_once_down_for_any_reason_there_is_one_attempt_per_heartbeat(site: Site) -> None:
+    site.beat()
+    site.answer = lambda request: Answer(401)
+    site.beat()
+    site.posts.clear()
+    site.answer = lambda request: Answer(503)
+    site.beat(3)
+    assert site.posted() == stamps(3, 4, 5)
+
+
 def test_a_short_trouble_is_silent(site: Site, caplog: pytest.LogCaptureFixture) -> None:
     site.beat()
     caplog.clear()

@@ -625,7 +625,6 @@ class Buffer:
         new = {sample.seq: sample for sample in found.samples}
         with self._lock:
             self._files |= new.keys()
-            self._save_until = max(self._save_until, *new, 0)
             self._ring = dict(sorted({**new, **self._ring}.items()))
             self._last_seq = max(self._last_seq, *self._ring, 0)
             self._count["loaded"] += len(new)

@@ -157,10 +157,16 @@ def test_all_hangs_at_once(tmp_path: Path) -> None:
         assert not {"haraka", "wildduck", "zonemta"} & known.keys()  # one of the 50 may be it
         assert disk_used_percent is None  # what hangs may be the fullest
     hang = [line for line in found["log"].splitlines() if line.endswith(" hangs")]
-    assert len(hang) == len(set(hang)) == 4 + 1 + 1  # four are enough of a kind
+    assert len(hang) == len(set(hang))
+    # on a busy machine a sample may wait, and its file too
+    others = [line for line in hang if "STATE_DIRECTORY" not in line]
+    assert len(others) == 4 + 1 + 1  # four are enough of a kind
     # three threads and a timer; six that hang; five workers at rest, one of each kind
     assert found["threads"][0] <= 4 + 6 + 5 and found["threads"][1] <= 4 + 5
-    assert found["whole"].count(" no longer hangs\n") == len(hang)
+    # those behind the four may hang for a moment, while one after the other is released
+    lines = found["whole"].splitlines()
+    ends = [line for line in lines if line.endswith(" no longer hangs")]
+    assert len(ends) == sum(line.endswith(" hangs") for line in lines) - len(ends) >= len(hang)
     assert "haraka" in json.loads(found["last"][0]) and found["last"][1] > 0
     assert "services" in found["state"]
     assert found["code"] == 0 and "Traceback" not in found["whole"]

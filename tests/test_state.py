@@ -531,6 +531,7 @@ def test_a_state_directory_that_is_none(
     assert [line.split(":")[0] for line in lines] == [
         "cannot read saved samples", "cannot write undelivered samples to disk",
     ]
+    assert "writing undelivered samples to disk again" not in said(caplog)  # nothing was written
 
 
 def test_a_state_directory_that_vanishes_is_made_again(folder: Path) -> None:

@@ -97,6 +97,19 @@ def test_at_most_four_calls_are_abandoned_and_none_is_left(tmp_path: Path) -> No
     assert worker.run({"healthy": quick(1)}) == {"healthy": 1}
 
 
+def test_a_thread_that_does_not_get_to_run_is_no_hang(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The machine is so busy that the thread has not begun by half of the time."""
+    starts: list[threading.Thread] = []
+    monkeypatch.setattr(threading.Thread, "start", lambda thread: starts.append(thread))
+    worker = agent.Worker(0.2, agent.Problems())
+    assert worker.run({"a": quick(1)}) == {}
+    assert len(starts) == 1 and not worker.hanging and caplog.records == []
+    monkeypatch.undo()
+    assert worker.run({"a": quick(1)}, 60.0) == {"a": 1}
+
+
 def test_slow_calls_that_return_are_no_hang(caplog: pytest.LogCaptureFixture) -> None:
     worker = agent.Worker(30.0, agent.Problems())
     calls = {str(number): lambda: time.sleep(0.02) for number in range(30)}

@@ -520,6 +520,7 @@ def test_a_file_that_cannot_be_written_as_a_whole_is_not_there(folder: Path) -> 
 def test_a_state_directory_that_is_none(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
+    caplog.set_level(logging.INFO)
     (tmp_path / "file").write_text("")
     site = Node(tmp_path / "file")
     site.answer = lambda request: NO_ANSWER

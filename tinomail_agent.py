@@ -25,7 +25,7 @@ To add a metric:   a reader in Collector._make_readers(); v1 sends it as it is, 
                    names it for tinomail-monitor
        a service:  SERVICES and the tables below it; SERVICE_ROLES, SERVICE_PORTS
        a setting:  a field of Config
-       a status:   JSON_OUTCOMES, RETRIED or judge(); in one dialect: a Hint
+       a status:   a row of RULES; for one dialect: of its hints
 
 This file, from the top:
 

@@ -86,10 +86,7 @@ def on_disk(folder: Path) -> list[int]:
 
 def waiting(buffer: Buffer) -> list[agent.Sample]:
     """Return what waits, the oldest first."""
-    found: list[agent.Sample] = []
-    while one := buffer.oldest(skip=[other.seq for other in found]):
-        found.append(one)
-    return found
+    return buffer.oldest(1000)
 
 
 def seqs(buffer: Buffer) -> list[int]:

@@ -598,26 +598,25 @@ class Buffer:
         assert self._state is not None
         if not self._is_loaded:
             self._read_files(self._state)
-        failed: set[int] = set()
-        has_worked = False
-        while due := [seq for seq in self._due_files() if seq not in failed]:
-            sample = self.get(due[0])
+        has_worked = has_failed = False
+        for seq in self._due_files():
+            sample = self.get(seq)
             try:
                 if sample:
                     self._state.write(sample)
                 else:
-                    self._state.remove(due[0])
+                    self._state.remove(seq)
             except OSError as error:
                 problem = f"cannot write undelivered samples to disk: {_reason(error)}"
                 self._disk_problems.begin("disk", problem)
-                failed.add(due[0])
+                has_failed = True
                 if sample:
                     break  # the next one would fail too
             else:
                 has_worked = True
                 with self._lock:
-                    self._files = self._files | {due[0]} if sample else self._files - {due[0]}
-        if has_worked and not failed:
+                    self._files.add(seq) if sample else self._files.discard(seq)
+        if has_worked and not has_failed:
             self._disk_problems.end("disk", "writing undelivered samples to disk again")
 
     def _read_files(self, state: State) -> None:

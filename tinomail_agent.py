@@ -101,8 +101,8 @@ import sdnotify
 import urllib3  # requests' own: its connections get a deadline here
 import urllib3.connection
 
-VERSION = "1.0.0"
-RELEASED = 1_793_491_200  # 2026-11-01, in epoch seconds: a clock that shows less is not set yet
+VERSION = "1.1.0"
+RELEASED = 1_795_651_200  # 2026-11-26, in epoch seconds: a clock that shows less is not set yet
 EX_TEMPFAIL, EX_CONFIG = 75, 78  # sysexits.h
 
 PRIME_S = 1.0  # the first rates and CPU shares are measured over this long
@@ -3435,61 +3435,14 @@ class SettingsError(Exception):
         self.problems = problems
 
 
-# Parts of 1 to 63 letters; urlsplit has lowered them and taken the brackets off an IPv6 address.
-HOST = re.compile(r"([a-z0-9_]([a-z0-9_-]{0,62})(\.|$))+|[0-9a-f]*:[0-9a-f:.]+")
+# A parser turns the text of a setting into its value. Its ValueError says what is wrong.
 
 
-def _url(text: str) -> str:
-    if not text.isascii() or any(c <= " " or c == "\x7f" for c in text):
-        raise ValueError("holds a blank, a control character or a letter outside ASCII")
-    try:
-        parts = urlsplit(text)
-        port = parts.port
-    except ValueError:
-        raise ValueError("is not a URL: look at its port and brackets") from None
-    if "@" in parts.netloc:
-        raise ValueError("must not hold a user name or password; the key belongs in API_KEY")
-    if parts.scheme not in ("http", "https") or not parts.hostname or port == 0:
-        raise ValueError("must be https://, a host name and, if need be, a port and a path")
-    if "?" in text or "#" in text:
-        raise ValueError("must not hold '?' or '#'")
-    if not HOST.fullmatch(parts.hostname):
-        raise ValueError("must hold a host name, or an IP address ([..] around an IPv6 one)")
-    return parts.geturl().rstrip("/")  # with the scheme in lower case
-
-
-def _zonemta_url(text: str) -> str:
-    if text.lower() == "off":
-        return "off"
-    url = _url(text)
-    if not url.startswith("http://"):
-        raise ValueError("must be off, or begin with http://: ZoneMTA's API speaks nothing else")
-    return url
-
-
-def _key(text: str) -> str:
-    if not all("!" <= c <= "~" for c in text):
-        raise ValueError("must be visible ASCII without blanks or line breaks")
-    return text
-
-
-def _node_id(text: str) -> str:
-    if not re.fullmatch(r"[A-Za-z0-9._:@-]{1,100}", text):
-        raise ValueError("must be 1 to 100 letters, digits or . _ : @ -")
-    return text
-
-
-def _role(text: str) -> str:
-    if not 1 <= len(text) <= 50 or not text.isprintable() or text != text.strip():
-        raise ValueError("must be auto, or a name of 1 to 50 printable characters")
-    return text.lower() if text.lower() in ("auto", *ROLE_PORTS) else text
-
-
-def _whole(low: int, high: int) -> Callable[[str], int]:
-    def parse(text: str) -> int:
-        if not re.fullmatch(r"[0-9]{1,9}", text) or not low <= int(text) <= high:
-            raise ValueError(f"must be a whole number from {low} to {high}")
-        return int(text)
+def _matching(pattern: str, words: str) -> Callable[[str], str]:
+    def parse(text: str) -> str:
+        if not re.fullmatch(pattern, text):
+            raise ValueError(f"must be {words}")
+        return text
 
     return parse
 
@@ -3507,40 +3460,72 @@ def _flag(text: str) -> bool:
     return _choice("true", "false")(text) == "true"
 
 
-def _ports(text: str) -> tuple[int, ...] | None:
-    if text.lower() == "auto":
-        return None
+def _whole(low: int, high: int) -> Callable[[str], int]:
+    def parse(text: str) -> int:
+        if not re.fullmatch(r"[0-9]{1,9}", text) or not low <= int(text) <= high:
+            raise ValueError(f"must be a whole number from {low} to {high}")
+        return int(text)
+
+    return parse
+
+
+def _list_or_auto(
+    parse_item: Callable[[str], Any], words: str, separator: str = r"[,\s]+"
+) -> Callable[[str], tuple[Any, ...] | None]:
+    def parse(text: str) -> tuple[Any, ...] | None:
+        if text.lower() == "auto":
+            return None
+        try:
+            return tuple(dict.fromkeys(map(parse_item, re.split(separator, text.strip()))))
+        except ValueError:
+            raise ValueError(f"must be auto or {words}, separated by commas") from None
+
+    return parse
+
+
+# Labels of 1 to 63 letters, or an IPv6 address; in lower case, as urlsplit returns it.
+HOST = re.compile(r"([a-z0-9_]([a-z0-9_-]{0,62})(\.|$))+|[0-9a-f]*:[0-9a-f:.]+")
+
+
+def _url(text: str) -> str:
+    if re.match("[^/]*//[^/]*@", text):
+        raise ValueError("must not hold a user name or password; the key belongs in API_KEY")
+    if re.search("[^!-~]|[?#]", text):
+        raise ValueError("must not hold blanks, '?', '#' or letters outside ASCII")
     try:
-        return tuple(dict.fromkeys(map(_whole(1, 65535), re.split(r"[,\s]+", text))))
+        parts = urlsplit(text)
+        if parts.scheme not in ("http", "https") or parts.port == 0:
+            raise ValueError
+        if not HOST.fullmatch(parts.hostname or ""):
+            raise ValueError
     except ValueError:
-        raise ValueError("must be auto or port numbers from 1 to 65535, with commas") from None
+        raise ValueError("must be https:// and a host name or IP address (IPv6 in brackets), "
+                         "then a port and a path if needed") from None
+    return parts.geturl().rstrip("/")  # with the scheme in lower case
+
+
+def _zonemta_url(text: str) -> str:
+    if text.lower() == "off":
+        return "off"
+    url = _url(text)
+    if not url.startswith("http://"):
+        raise ValueError("must be off or begin with http://, since ZoneMTA's API has no TLS")
+    return url
+
+
+def _role(text: str) -> str:
+    if not 1 <= len(text) <= 50 or not text.isprintable() or text != text.strip():
+        raise ValueError("must be auto, or a name of 1 to 50 printable characters")
+    return text.lower() if text.lower() in ("auto", *ROLE_PORTS) else text
 
 
 def _ip_literal(text: str) -> str:
     for family in (socket.AF_INET, socket.AF_INET6):
         try:
             return socket.inet_ntop(family, socket.inet_pton(family, text))
-        except OSError:
+        except (OSError, ValueError):  # ValueError: a NUL
             continue
     raise ValueError("must be an IPv4 or IPv6 address, not a name")
-
-
-def _names(text: str) -> tuple[str, ...] | None:
-    if text.lower() == "auto":
-        return None
-    names = tuple(dict.fromkeys(re.split(r"[,\s]+", text)))
-    if not all(re.fullmatch(r"[^/\0]{1,15}", name) for name in names):
-        raise ValueError("must be auto or names of interfaces, with commas")
-    return names
-
-
-def _paths(text: str) -> tuple[str, ...] | None:
-    if text.lower() == "auto":
-        return None
-    paths = tuple(path.strip() for path in text.split(","))
-    if not all(path.startswith("/") and "\0" not in path for path in paths):
-        raise ValueError("must be auto or absolute paths, with commas")
-    return paths
 
 
 def _watched(text: str) -> tuple[tuple[str, str], ...]:
@@ -3548,28 +3533,24 @@ def _watched(text: str) -> tuple[tuple[str, str], ...]:
     for pair in filter(None, re.split(r"[,\s]+", text)):
         found = re.fullmatch(r"([a-z0-9][a-z0-9_.-]{0,31})=([!-~]{1,255})", pair)
         if not found:
-            raise ValueError("must be name=program pairs, with commas; names in lower case")
-        if found[1] in SERVICES:
-            raise ValueError(f"{found[1]} is reported anyway; take another name")
-        if found[2] in SERVICE_COMMS:
-            raise ValueError(f"{found[2]} is reported anyway, as {SERVICE_COMMS[found[2]]}")
-        pairs.append((found[1], found[2][:15]))  # the kernel cuts comm to 15 bytes
+            raise ValueError("must be name=program pairs, separated by commas, "
+                             "with names in lower case")
+        service, program = found.groups()
+        if service in SERVICES:
+            raise ValueError(f"{service} is reported anyway; choose another name")
+        if program in SERVICE_COMMS:
+            raise ValueError(f"{program} is reported anyway, as {SERVICE_COMMS[program]}")
+        pairs.append((service, program[:15]))  # the kernel cuts comm to 15 bytes
     return tuple(pairs)
-
-
-def _path(text: str) -> str:
-    if text and (not text.startswith("/") or not text.isprintable()):
-        raise ValueError("must be an absolute path")
-    return text
 
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """One setting: how its text becomes a value, and what an administrator is told of it."""
+    """One setting: how its text becomes a value, and what an administrator is told about it."""
 
     name: str
     parse: Callable[[str], Any]
-    default: str  # "" with `required`: there is none
+    default: str
     help: str
     example: str
     required: bool = False
@@ -3579,77 +3560,68 @@ class Setting:
 def _setting(
     parse: Callable[[str], Any], default: str, help: str, example: str, **more: bool
 ) -> Any:
-    """Return the field of a setting; the field's name, in capitals, is the setting's."""
+    """Return the field of a setting. The field's name, in capitals, is the setting's name."""
     row = {"parse": parse, "default": default, "help": help, "example": example, **more}
     return field(repr=not more.get("secret"), metadata=row)
 
 
 @dataclass(frozen=True, slots=True)
 class Config:
-    """All settings, parsed. None stands for auto."""
+    """All settings, parsed. None means auto."""
 
     dashboard_url: str = _setting(
-        _url, "", "address of the dashboard", "https://monitor.example.com", required=True
-    )
+        _url, "", "address of the dashboard", "https://monitor.example.com", required=True)
     api_key: str = _setting(
-        _key, "", "key that the dashboard gave out for its agents", "k3yOfTheDashboard",
-        required=True, secret=True,
-    )
-    node_id: str = _setting(_node_id, "", "name of this node; empty: its host name", "mta-01")
+        _matching("[!-~]*", "visible ASCII without blanks or line breaks"), "",
+        "key that the dashboard gave out for its agents", "k3yOfTheDashboard",
+        required=True, secret=True)
+    node_id: str = _setting(
+        _matching("[A-Za-z0-9._:@-]{0,100}", "1 to 100 letters, digits or . _ : @ -"), "",
+        "name of this node; empty: its host name", "mta-01")
     node_role: str = _setting(
-        _role, "auto", "role of this node; auto: by the mail daemons that run", "zonemta-outbound"
-    )
+        _role, "auto", "role of this node; auto: by the mail daemons that run", "zonemta-outbound")
     heartbeat_interval: int = _setting(
-        _whole(1_000, 300_000), "15000", "time between two samples, in milliseconds", "15000"
-    )
+        _whole(1_000, 300_000), "15000", "time between two samples, in milliseconds", "15000")
     log_level: str = _setting(
         _choice("debug", "info", "warning", "error"), "info",
-        "least level that is logged: debug, info, warning or error", "info",
-    )
+        "lowest level to log: debug, info, warning or error", "info")
     check_ports: tuple[int, ...] | None = _setting(
-        _ports, "auto", "TCP ports to check; auto: those of the role", "25,587,993"
-    )
+        _list_or_auto(_whole(1, 65535), "port numbers from 1 to 65535"), "auto",
+        "TCP ports to check; auto: those of the role", "25,587,993")
     check_host: str = _setting(
-        _ip_literal, "127.0.0.1", "IP address to check them at", "10.0.0.5"
-    )
+        _ip_literal, "127.0.0.1", "IP address at which the ports are checked", "10.0.0.5")
     check_mode: str = _setting(
         _choice("connect", "listen"), "connect",
-        "connect to each port, or ask the kernel who listens (nothing in the mail log)", "listen",
-    )
+        "connect to each port; listen: ask the kernel who listens (nothing in the mail log)",
+        "listen")
     disk_paths: tuple[str, ...] | None = _setting(
-        _paths, "auto", "file systems to report; auto: all local ones", "/,/var/mail"
-    )
+        _list_or_auto(_matching(r"/[^\0]*", ""), "absolute paths", r"\s*,\s*"), "auto",
+        "file systems to report; auto: all local ones", "/,/var/mail")
     net_interfaces: tuple[str, ...] | None = _setting(
-        _names, "auto", "interfaces to add up; auto: those with hardware behind them", "eth0,eth1"
-    )
+        _list_or_auto(_matching(r"[^/\0]{1,15}", ""), "names of interfaces"), "auto",
+        "network interfaces to count; auto: those with hardware behind them", "eth0,eth1")
     watch_processes: tuple[tuple[str, str], ...] = _setting(  # (service, comm)
         _watched, "",
         "more services to report, as name=program (the exact name that ps -o comm shows)",
-        "postfix=master,dovecot=dovecot",
-    )
+        "postfix=master,dovecot=dovecot")
     zonemta_url: str = _setting(
         _zonemta_url, "http://127.0.0.1:12080",
-        "address of ZoneMTA's HTTP API, for its queue; off: do not ask", "http://127.0.0.1:12080",
-    )
+        "address of ZoneMTA's HTTP API, for its queue; off: do not ask", "http://127.0.0.1:12080")
     buffer_size: int = _setting(
-        _whole(10, 10_000), "100", "samples kept while the dashboard cannot be reached", "1000"
-    )
+        _whole(10, 10_000), "100", "samples kept while the dashboard cannot be reached", "1000")
     ca_bundle: str = _setting(
-        _path, "", "PEM file with the CA to trust; empty: the system's store",
-        "/etc/ssl/certs/my-ca.pem",
-    )
+        _matching(r"(/[^\0-\x1f\x7f]*)?", "an absolute path"), "",
+        "PEM file with the CA to trust; empty: the system's store", "/etc/ssl/certs/my-ca.pem")
     allow_http: bool = _setting(
-        _flag, "false", "true: send the key over http:// to another machine", "true"
-    )
+        _flag, "false", "true: allow http:// to another machine (sends the key in clear text)",
+        "true")
     memory_limit_mb: int = _setting(
         _whole(48, 72), "64",
-        "resident memory in MiB above which the agent asks systemd for a restart", "64",
-    )
+        "resident memory in MiB above which the agent asks systemd for a restart", "64")
     dashboard_api: str = _setting(
         _choice("v1", "tinomail-monitor"), "v1",
-        "dialect that the dashboard speaks: v1 or tinomail-monitor", "tinomail-monitor",
-    )
-    env_file: str = ""  # where settings were read from; "" for the environment alone
+        "dialect that the dashboard speaks: v1 or tinomail-monitor", "tinomail-monitor")
+    env_file: str = ""  # where settings were read from; "": from the environment alone
     warnings: tuple[str, ...] = ()
 
     @property
@@ -3661,25 +3633,29 @@ SETTINGS = tuple(
     Setting(row.name.upper(), **row.metadata)
     for row in dataclasses.fields(Config) if row.metadata
 )
-AGENT_MIB = 34  # what the agent needs, its buffer aside
+KNOWN_NAMES = frozenset(setting.name for setting in SETTINGS)
+AGENT_MIB = 34  # what the agent needs without its buffer
 BUFFERED_SAMPLE_BYTES = 2560  # of a large machine, with what Python needs for it
 DEAD_AFTER_MS = 45_000  # the dashboard's three heartbeats of 15 s
-KNOWN_NAMES = frozenset(setting.name for setting in SETTINGS)
-NEWLINE = re.compile(r"\r\n|\n|\r")
-
+SHOWN_CHARS = 60  # of a wrong value
+NO_HOST_NAME = "the host name is not set yet; set the host name or NODE_ID"
 SERVICE_ENV_FILE = "/etc/tinomail-agent/agent.env"  # LoadCredential= of the unit
 
 
-def find_env_file(option: str | None, environ: Mapping[str, str], installed: bool = False) -> str:
-    """Return the env file to read ("" if there is none): --env-file, credential, ./, /etc.
+def credential_file(environ: Mapping[str, str]) -> str:
+    """Return where systemd puts its copy of SERVICE_ENV_FILE (systemd.exec(5)), else ""."""
+    folder = environ.get("CREDENTIALS_DIRECTORY")
+    return os.path.join(folder, "agent.env") if folder else ""
 
-    The installed command takes none from the current folder: anybody may have put it there.
+
+def find_env_file(option: str | None, environ: Mapping[str, str], installed: bool = False) -> str:
+    """Return the env file to read: --env-file, credential, ./ or /etc; "" if there is none.
+
+    The installed command reads none from the current folder: anybody may have put it there.
     """
     if option is not None:
         return option
-    places = [SERVICE_ENV_FILE] if installed else ["./.agent.env", SERVICE_ENV_FILE]
-    if "CREDENTIALS_DIRECTORY" in environ:  # systemd.exec(5), LoadCredential=
-        places.insert(0, os.path.join(environ["CREDENTIALS_DIRECTORY"], "agent.env"))
+    places = (credential_file(environ), "" if installed else "./.agent.env", SERVICE_ENV_FILE)
     return next((place for place in places if os.path.lexists(place)), "")
 
 
@@ -3694,47 +3670,47 @@ def parse_env(data: bytes) -> tuple[dict[str, str], list[str]]:
     problems: list[str] = []
     for binding in dotenv.parser.parse_stream(io.StringIO(text)):
         blank = re.match(r"\s*", binding.original.string)[0]  # type: ignore[index]
-        where = f"line {binding.original.line + len(re.findall(NEWLINE, blank))}"
+        line = binding.original.line + len(re.findall(r"\r\n|\n|\r", blank))
         if binding.error or (binding.key is not None and binding.value is None):
-            problems.append(
-                f"{where}: is not NAME=value, or a quote is not closed (example: NODE_ROLE=auto)"
-            )
+            problems.append(f"line {line}: is not NAME=value, or a quote is not closed "
+                            "(example: NODE_ROLE=auto)")
         elif binding.key in KNOWN_NAMES:
             values[binding.key] = binding.value or ""
         elif binding.key is not None:
-            problems.append(f"{where}: {_unknown_name(binding.key)}")
+            problems.append(f"line {line}: {_unknown_name(binding.key)}")
     return values, problems
 
 
-def host_name() -> str:
-    """Return the machine's host name, "" as long as nobody has set it."""
-    name = socket.gethostname()
-    return "" if name.split(".")[0] in ("", "localhost", "(none)") else name
-
-
 def _unknown_name(name: str) -> str:
-    """Say what may have been meant. What does not look like a name may be a piece of the key."""
+    """Say which setting may be meant. An odd name is not shown: it may be part of the key."""
     import difflib  # only when something is wrong
 
     near = difflib.get_close_matches(name.upper(), KNOWN_NAMES, 1)
-    safe = re.fullmatch("[A-Z_]{3,40}", name)
     way_out = f"did you mean {near[0]}?" if near else "agent.env.example lists them all"
-    return (f"there is no setting {name}; " if safe else "unknown setting; ") + way_out
+    if re.fullmatch("[A-Z_]{3,40}", name):
+        return f"there is no setting {name}; {way_out}"
+    return f"unknown setting; {way_out}"
 
 
-def read_env_file(path: str) -> tuple[dict[str, str], list[str], list[str]]:
-    """Read an env file; return (name -> value, problems, warnings)."""
+def read_env_file(path: str, shown: str) -> tuple[dict[str, str], list[str], list[str]]:
+    """Return (name -> value, problems, warnings) of an env file; `shown` is its name in them."""
     try:
         with open(path, "rb") as stream:
             data = stream.read(MIB)
             mode = os.fstat(stream.fileno()).st_mode
     except OSError as error:
-        return {}, [f"{path}: cannot be read: {os.strerror(error.errno or 0)}"], []
+        return {}, [f"{shown}: cannot be read: {os.strerror(error.errno or 0)}"], []
     values, problems = parse_env(data)
     warnings = []
     if values.get("API_KEY") and mode & stat.S_IROTH:
-        warnings.append(f"{path}: every user can read the key in it: chmod 600 {path}")
-    return values, [f"{path}, {problem}" for problem in problems], warnings
+        warnings.append(f"{shown}: every user can read the key in it: chmod 600 {shown}")
+    return values, [f"{shown}, {problem}" for problem in problems], warnings
+
+
+def host_name() -> str:
+    """Return the machine's host name, "" as long as it is not set."""
+    name = socket.gethostname()
+    return "" if name.split(".")[0] in ("", "localhost", "(none)") else name
 
 
 def load_config(
@@ -3748,77 +3724,74 @@ def load_config(
     """
     path = find_env_file(env_file, environ, installed)
     if not need_dashboard and env_file is None and not os.access(path, os.R_OK):
-        path = ""  # the service's, which is root's: a sample can be shown without it
-    from_file, problems, warnings = read_env_file(path) if path else ({}, [], [])
-    if path == os.path.join(environ.get("CREDENTIALS_DIRECTORY", "/"), "agent.env"):
-        # systemd's copy of it, which is gone when we are
-        problems = [problem.replace(path, SERVICE_ENV_FILE, 1) for problem in problems]
-    unread = bool(problems) and not from_file
+        path = ""  # the service's file, which only root can read, is not needed for a sample
+    shown = SERVICE_ENV_FILE if path == credential_file(environ) else path
+    from_file, problems, warnings = read_env_file(path, shown) if path else ({}, [], [])
+    may_be_missing = not need_dashboard or bool(problems and not from_file)
+    texts = {setting.name: environ.get(setting.name) or from_file.get(setting.name)
+             or setting.default for setting in SETTINGS}
+    texts["NODE_ID"] = texts["NODE_ID"] or host_name()
     values: dict[str, Any] = {}
     for setting in SETTINGS:
-        text = environ.get(setting.name) or from_file.get(setting.name) or setting.default
-        if setting.name == "NODE_ID":
-            text = text or host_name()
-        if not text and (setting.required or setting.name == "NODE_ID"):
-            if setting.required and need_dashboard and not unread:
-                problems.append(
-                    f"{setting.name}: is missing (example: {setting.name}={setting.example})"
-                )
-            values[setting.name.lower()] = ""
-            continue
+        text = texts[setting.name]
         try:
-            values[setting.name.lower()] = setting.parse(text)
+            if setting.required and not text:
+                values[setting.name.lower()] = ""
+                if not may_be_missing:
+                    raise ValueError("is missing")
+            else:
+                values[setting.name.lower()] = setting.parse(text)
         except ValueError as error:
-            problems.append(
-                f"{setting.name}: {error} (example: {setting.name}={setting.example})"
-            )
+            problems.append(_problem(setting, str(error), text, texts["API_KEY"]))
     problems += _contradictions(values)
-    if not problems:
-        warnings += _second_thoughts(values)
     if problems:
         raise SettingsError(problems)
+    warnings += _second_thoughts(values)
     return Config(**values, env_file=path, warnings=tuple(warnings))
 
 
+def _problem(setting: Setting, reason: str, text: str, key: str) -> str:
+    """Return the line for a wrong value: it shows no key and no password in a URL."""
+    is_shown = text and not setting.secret
+    value = printable(re.sub("(?s).*@", "***@", text), key, SHOWN_CHARS)
+    found = f"it is '{value}'; " if is_shown else ""
+    return f"{setting.name}: {reason} ({found}example: {setting.name}={setting.example})"
+
+
 def _contradictions(values: Mapping[str, Any]) -> list[str]:
-    """Return what each setting allows by itself, but not together with another."""
+    """Return the problems of settings that are right alone, but not together."""
     found = []
     url, allow_http = values.get("dashboard_url", ""), values.get("allow_http", True)
-    if url.startswith("http://") and not allow_http and not _is_loopback(urlsplit(url).hostname):
-        found.append(
-            "DASHBOARD_URL: http:// would send the key in clear text; "
-            "use https://, or set ALLOW_HTTP=true if the network is your own"
-        )
-    limit_mib = values.get("memory_limit_mb", 64)
+    if url.startswith("http://") and not allow_http and not is_loopback(url):
+        found.append("DASHBOARD_URL: http:// would send the key in clear text; "
+                     "use https://, or set ALLOW_HTTP=true if the network is your own")
+    limit_mib, size = values.get("memory_limit_mb", 64), values.get("buffer_size", 0)
     most = (limit_mib - AGENT_MIB) * MIB // BUFFERED_SAMPLE_BYTES
-    if values.get("buffer_size", 0) > most:
-        found.append(
-            f"BUFFER_SIZE: more than {most} samples do not fit under MEMORY_LIMIT_MB={limit_mib} "
-            "(example: BUFFER_SIZE=1000)"
-        )
+    if size > most:
+        found.append(f"BUFFER_SIZE: {size} samples do not fit into MEMORY_LIMIT_MB={limit_mib}; "
+                     f"set BUFFER_SIZE={most} or less")
     return found
 
 
 def _second_thoughts(values: Mapping[str, Any]) -> list[str]:
-    """Return what is allowed, but seldom meant."""
+    """Return warnings about settings that are allowed, but probably not intended."""
     found = []
     if not values["node_id"]:
-        found.append("NODE_ID: the host name is not set yet: set NODE_ID, or the host name")
+        found.append(f"NODE_ID: {NO_HOST_NAME}")
     elif values["node_id"].split(".")[0] == "localhost":
-        found.append("NODE_ID: this node reports as localhost: take another name")
+        found.append("NODE_ID: this node reports as localhost; choose another name")
     if values["heartbeat_interval"] > DEAD_AFTER_MS:
-        found.append(
-            f"HEARTBEAT_INTERVAL: the dashboard takes a node for dead after {DEAD_AFTER_MS} ms"
-        )
+        found.append(f"HEARTBEAT_INTERVAL: {values['heartbeat_interval']} is too long: the "
+                     f"dashboard considers a node dead after {DEAD_AFTER_MS} ms without a sample")
     return found
 
 
-def _is_loopback(host: str | None) -> bool:
-    if host in ("localhost", "::1"):
-        return True
+def is_loopback(url: str) -> bool:
+    """Tell whether a URL leads to this machine."""
     try:
-        return socket.inet_pton(socket.AF_INET, host or "")[0] == 127
-    except OSError:
+        host = urlsplit(url).hostname or ""
+        return host in ("localhost", "::1") or socket.inet_pton(socket.AF_INET, host)[0] == 127
+    except (OSError, ValueError):
         return False
 
 
@@ -3862,27 +3835,24 @@ class LogFormatter(logging.Formatter):
         text = super().format(record)
         if not self._journal:
             return text
-        prefix = f"<{JOURNAL_PRIORITY.get(record.levelno, 6)}>"
+        prefix = f"<{JOURNAL_PRIORITY[record.levelno]}>"
         return "\n".join(prefix + line for line in text.splitlines())
 
     def formatException(self, ei: Any) -> str:  # noqa: N802 (logging's own name)
         return mask(super().formatException(ei), self._key)
 
 
-def is_journal(environ: Mapping[str, str], fd: int) -> bool:
-    """Tell whether a file descriptor leads to the journal (systemd.exec(5), $JOURNAL_STREAM)."""
-    try:
-        found = os.fstat(fd)
-    except OSError:
-        return False
-    return environ.get("JOURNAL_STREAM", "") == f"{found.st_dev}:{found.st_ino}"
-
-
 def set_up_logging(level: str, key: str, environ: Mapping[str, str]) -> None:
+    """Log to stderr; with priorities if that is the journal ($JOURNAL_STREAM, systemd.exec(5))."""
+    try:
+        stderr = os.fstat(2)
+        is_journal = environ.get("JOURNAL_STREAM") == f"{stderr.st_dev}:{stderr.st_ino}"
+    except OSError:  # it is closed
+        is_journal = False
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(LogFormatter(key, is_journal(environ, 2)))
+    handler.setFormatter(LogFormatter(key, is_journal))
     log.handlers[:] = [handler]
-    logging.raiseExceptions = False  # a log that cannot be written is no reason to fail
+    logging.raiseExceptions = False  # an agent that cannot write its log goes on
     log.propagate = False
     log.setLevel(level.upper())
 
@@ -3891,41 +3861,35 @@ def set_up_logging(level: str, key: str, environ: Mapping[str, str]) -> None:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    lines = [
-        f"  {s.name:<19} {s.help}" + (f" [{s.default}]" if s.default else "") for s in SETTINGS
-    ]
+    rows = [f"  {s.name:<19} {s.help}" + (f" [{s.default}]" if s.default else "") for s in SETTINGS]
     parser = argparse.ArgumentParser(
         prog="tinomail_agent.py",
         description="Samples this mail node and reports it to a dashboard. "
         "Without an option it runs as a service.",
-        epilog="settings, from the environment or the env file:\n" + "\n".join(lines)
-        + "\n\nexit codes: 0 done, 1 failed, 2 wrong usage, 75 the dashboard cannot be reached"
-        " now, 78 wrong settings",
+        epilog="\n".join(["settings, from the environment or the env file:", *rows, "",
+                          "exit codes: 0 done, 1 failed, 2 wrong usage, 75 the dashboard cannot "
+                          "be reached now, 78 wrong settings"]),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument("--once", action="store_true", help="print one sample as JSON; post nothing")
-    mode.add_argument(
-        "--check", action="store_true",
-        help="show the settings and one sample, register this node and post that sample",
-    )
+    mode.add_argument("--check", action="store_true",
+                      help="show the settings and one sample, register this node, post the sample")
     parser.add_argument("--env-file", metavar="FILE", help="read the settings from this file")
     parser.add_argument("--version", action="version", version=f"tinomail-agent {VERSION}")
     return parser
 
 
-def take_sample(config: Config) -> tuple[Sample, dict[str, float]]:
-    """Take one sample with real rates, in the role of what runs now; return its cost too."""
+def take_sample(config: Config) -> tuple[Sample, str]:
+    """Take one sample with real rates, in the role of what runs now; say what it cost."""
     collector = Collector(config, seen=ServicesSeen(at_once=True))
     collector.prime()
     time.sleep(PRIME_S)
     wall, cpu = time.monotonic(), time.process_time()
     sample = collector.collect()
-    return sample, {
-        "wall_ms": 1000 * (time.monotonic() - wall),
-        "cpu_ms": 1000 * (time.process_time() - cpu),
-        "rss_mib": own_rss_bytes() / MIB,
-    }
+    cpu_ms, wall_ms = 1000 * (time.process_time() - cpu), 1000 * (time.monotonic() - wall)
+    return sample, (f"{cpu_ms:.1f} ms of CPU and {wall_ms:.0f} ms for this sample, "
+                    f"{own_rss_bytes() / MIB:.1f} MiB of memory")
 
 
 def run_once(config: Config) -> int:
@@ -3936,23 +3900,19 @@ def run_once(config: Config) -> int:
 
 
 def run_check(config: Config) -> int:
-    """Show what an administrator wants to know before trusting the agent with a node."""
+    """Show the settings and a sample, and try whether the dashboard takes it."""
     print(f"TinoMail agent {VERSION}\n")
     print(f"settings (from the environment, then {config.env_file or 'no file'})")
     for setting in SETTINGS:
         print(f"  {setting.name:<19} {describe_setting(setting, config)}")
     for warning in config.warnings:
         print(f"  warning: {warning}")
-    transport = Transport(config.dashboard_url, config.ca_bundle)  # its CAs are a part of the cost
+    transport = Transport(config.dashboard_url, config.ca_bundle)  # its CAs are part of the cost
     sample, cost = take_sample(config)
     print("\nsample")
     for line in describe_sample(unpack(sample.packed)):
         print(f"  {line}")
-    print(
-        f"\ncost: {cost['cpu_ms']:.1f} ms of CPU and {cost['wall_ms']:.0f} ms for this sample, "
-        f"{cost['rss_mib']:.1f} MiB of memory"
-    )
-    print(f"\ndialect: DASHBOARD_API={config.dashboard_api}")
+    print(f"\ncost: {cost}\n\ndialect: DASHBOARD_API={config.dashboard_api}")
     code, words = try_dashboard(config, transport, sample)
     print(f"dashboard: {words}")
     return code
@@ -3961,35 +3921,31 @@ def run_check(config: Config) -> int:
 def try_dashboard(config: Config, transport: Transport, sample: Sample) -> tuple[int, str]:
     """Register this node and post a sample; return the exit code, and what came of it.
 
-    Without the part `agent`: what this process counts says nothing about the service.
+    The sample is posted without its part `agent`: this process is not the service.
     """
     if not config.node_id:
-        return 1, "FAILED: the host name is not set yet: set NODE_ID, or the host name"
+        return 1, f"FAILED: {NO_HOST_NAME}"
     dialect, key, started = DIALECTS[config.dashboard_api], config.api_key, time.monotonic()
     ip = transport.route_ip()
     answer = transport.post(dialect.register(sample.packed, config.node_id, ip, key))
     verdict = judge_registration(answer, key, dialect.hints)
-    if verdict.outcome is not Outcome.DELIVERED:
-        return check_code(answer, verdict), f"FAILED: {verdict}"
-    node_id = dialect.confirmed_id(answer.body) or config.node_id
-    registered = f"registered as {printable(node_id, key)} (role {sample.role}, address {ip})"
-    neutral = {name: part for name, part in unpack(sample.packed).items() if name != "agent"}
-    answer = transport.post(dialect.sample(pack(neutral), node_id, key))
-    verdict = judge(answer, key, dialect.hints)
-    if verdict.outcome is not Outcome.DELIVERED:
-        words = f"FAILED: {registered}, but it did not take the sample: {verdict}"
-        return check_code(answer, verdict), words
-    took_ms = (time.monotonic() - started) * 1000
-    return 0, f"ok, {registered}, and it took the sample, in {took_ms:.0f} ms"
-
-
-def check_code(answer: Answer, verdict: Verdict) -> int:
-    """Return the exit code of what was not delivered: 75 it may be well later, else 1."""
-    return EX_TEMPFAIL if verdict.outcome is Outcome.RETRY and not answer.is_lasting else 1
+    words = f"{verdict}"
+    if verdict.outcome is Outcome.DELIVERED:
+        node_id = dialect.confirmed_id(answer.body) or config.node_id
+        words = f"registered as {printable(node_id, key)} (role {sample.role}, address {ip})"
+        neutral = {name: part for name, part in unpack(sample.packed).items() if name != "agent"}
+        answer = transport.post(dialect.sample(pack(neutral), node_id, key))
+        verdict = judge(answer, key, dialect.hints)
+        if verdict.outcome is Outcome.DELIVERED:
+            took_ms = (time.monotonic() - started) * 1000
+            return 0, f"ok, {words}, and it took the sample, in {took_ms:.0f} ms"
+        words += f", but it did not take the sample: {verdict}"
+    may_pass = verdict.outcome is Outcome.RETRY and not answer.is_lasting
+    return EX_TEMPFAIL if may_pass else 1, f"FAILED: {words}"
 
 
 def describe_setting(setting: Setting, config: Config) -> str:
-    """Return a setting's value for people; never a secret."""
+    """Return a setting's value as text; of the key only its length."""
     value = getattr(config, setting.name.lower())
     if setting.secret:
         return f"set, {len(value)} characters" if value else "not set"
@@ -4000,61 +3956,29 @@ def describe_setting(setting: Setting, config: Config) -> str:
     return "auto" if value is None else str(value) or "(default)"
 
 
-# What --check shows of `system`: what it says is missing, and what a kernel may lack.
-SYSTEM_LINES = (
-    "cpu         {cpu_percent} %, load {load_avg[0]} {load_avg[1]} {load_avg[2]}",
-    "memory      {ram_used_mib:.0f} of {ram_total_mib:.0f} MiB, {ram_used_percent} %",
-    "disk-io     {disk_read_bytes_sec} bytes/s read, {disk_write_bytes_sec} written",
-    "network     {net_rx_bytes_sec} bytes/s in, {net_tx_bytes_sec} out, "
-    "errors {net_rx_errors} in, {net_tx_errors} out",
-    "tcp         {tcp_established} established, {tcp_time_wait} time-wait, "
-    "{tcp_close_wait} close-wait",
-    "files       {open_files} open; up for {uptime_seconds} s",
-)
-FEATURE_LINES = (
-    "swap        {swap_used_mib:.0f} of {swap_total_mib:.0f} MiB",
-    "cpu waits   {cpu_iowait_percent} % for disks, {cpu_steal_percent} % for the hypervisor",
-    "pressure    tasks waited for cpu {pressure[cpu]} %, for memory {pressure[memory]} %, "
-    "for io {pressure[io]} % of the time",
-    "since boot  {oom_kills} OOM kills, {listen_overflows} connections met a full accept queue",
-)
-
-
 def describe_sample(sample: Mapping[str, Any]) -> list[str]:
-    """Say a neutral sample in words, a line per topic; what is missing is said."""
-    system = dict(sample["system"])
-    system |= {k.replace("bytes", "mib"): system[k] / MIB for k in system if k.endswith("bytes")}
+    """Return the figures of a neutral sample, a line each, under the names that are sent."""
     lines = []
-    for text in (*SYSTEM_LINES, *FEATURE_LINES):
-        try:
-            lines.append(text.format(**system))
-        except (LookupError, ValueError):
-            if text in SYSTEM_LINES:
-                lines.append(text.split(" ", 1)[0] + " could not be read")
-    for row in system.get("disks", ()):
-        facts = [f"{row['used_percent']} %", f"{row['free_bytes'] / MIB / 1024:.1f} GiB free"]
-        if "inodes_used_percent" in row:
-            facts.append(f"{row['inodes_used_percent']} % of its inodes")
-        facts += ["READ-ONLY"] * row["read_only"]
-        lines.append(f"disk        {row['mount']}: {', '.join(facts)}")
-    for name, p in sample.get("processes", {}).items():
-        line = f"{name:<11} {p['status'].replace('_', ' ')}"
-        if p["pid"]:
-            line += (f", pid {p['pid']}, {p['memory_mb']} MiB, {p['cpu_percent']} % CPU, "
-                     f"up for {p['uptime_seconds']} s")
-        lines.append(line)
-    if "zonemta" in sample:
-        figures = (f"{value} {name.replace('_total', '')}"
-                   for name, value in sample["zonemta"].items())
-        lines.append(f"mail queue  {', '.join(figures)}")
-    states, queued = {True: "up", False: "down"}, sample.get("accept_queue", {})
-    ports = [f"{name[5:]} {states[up]}" + (f" ({queued[name]} not accepted)" if queued.get(name)
-             else "") for name, up in sample.get("services", {}).items()]
-    return [*lines, f"ports       {', '.join(ports) or 'could not be checked'}"]
+    for part in ("system", "processes", "zonemta", "services", "accept_queue"):
+        title = "accept_queue " if part == "accept_queue" else ""  # has the names of services, too
+        for name, value in sample.get(part, {}).items():
+            for row in value if name == "disks" else [value]:
+                lines.append(f"{title + name:<22} {describe_figure(row, name)}")
+    return lines
+
+
+def describe_figure(value: Any, name: str) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, dict):
+        return ", ".join(f"{k} {describe_figure(v, k)}" for k, v in value.items() if v is not None)
+    if isinstance(value, list):
+        return "; ".join(describe_figure(item, name) for item in value)
+    return f"{value / MIB:.0f} MiB" if name.endswith("_bytes") else str(value)
 
 
 SERVICE_UNIT = "tinomail-agent.service"
-NOBODY_ID = 65534  # the user and the group of it, on every distribution with systemd
+NOBODY_ID = 65534  # user and group nobody, on every distribution with systemd
 
 
 def unit_environ() -> dict[str, str]:
@@ -4064,19 +3988,19 @@ def unit_environ() -> dict[str, str]:
 
     command = ["systemctl", "show", "-p", "Environment", "--value", SERVICE_UNIT]
     try:
-        words = shlex.split(subprocess.run(
-            command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, timeout=10
-        ).stdout.decode("utf-8", "replace"))
+        done = subprocess.run(
+            command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, timeout=10)
+        words = shlex.split(done.stdout.decode("utf-8", "replace"))
     except (OSError, subprocess.SubprocessError, ValueError):
-        return {}  # no systemd here, no unit
+        return {}  # no systemd or no unit
     pairs = (word.partition("=") for word in words)
     return {name: value for name, _, value in pairs if name in KNOWN_NAMES}
 
 
 def become_nobody() -> None:
-    """Give up root, so that from here on each file is read as the service reads it."""
+    """Give up root, so that each file is read with the rights of the service."""
     if os.geteuid() == 0:
-        with contextlib.suppress(OSError):  # a user namespace without such a user
+        with contextlib.suppress(OSError):  # a user namespace without this user
             os.setgroups([])
             os.setgid(NOBODY_ID)
             os.setuid(NOBODY_ID)
@@ -4085,14 +4009,9 @@ def become_nobody() -> None:
 def main(argv: list[str] | None = None, *, installed: bool = False) -> int:
     """Run the command line; `installed`: as the command that install.sh puts in place.
 
-    Its --check and --once see what the service sees: the installed settings, the unit's
+    Its --check and --once use what the service uses: the installed settings, the unit's
     Environment=, and files with the rights of an unprivileged user.
     """
-    code = run(argv, installed)
-    return code if flush_streams() else code or 1
-
-
-def run(argv: list[str] | None, installed: bool = False) -> int:
     parser = build_parser()
     options = parser.parse_args(argv)
     if options.env_file == "":
@@ -4101,44 +4020,50 @@ def run(argv: list[str] | None, installed: bool = False) -> int:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a path may hold any bytes
     by_hand = options.once or options.check
-    environ = unit_environ() if installed and by_hand else os.environ
     if not by_hand:  # a signal may come before the agent is up
         signal.signal(signal.SIGUSR1, signal.SIG_IGN)
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             signal.signal(number, lambda *_: sys.exit(0))
+    environ = unit_environ() if installed and by_hand else os.environ
     try:
         config = load_config(
-            environ, options.env_file, need_dashboard=not options.once, installed=installed
-        )
+            environ, options.env_file, need_dashboard=not options.once, installed=installed)
     except SettingsError as error:
         set_up_logging("info", "", os.environ)
         for problem in error.problems:
             log.error("%s", problem)
-        return EX_CONFIG
-    set_up_logging(config.log_level, config.api_key, os.environ)
-    if installed and by_hand:
-        become_nobody()
+        code = EX_CONFIG
+    else:
+        set_up_logging(config.log_level, config.api_key, os.environ)
+        if installed and by_hand:
+            become_nobody()
+        code = run(config, run_once if options.once else run_check if options.check else run_agent)
+    return code if flush_streams() else code or 1
+
+
+def run_agent(config: Config) -> int:
+    for warning in config.warnings:
+        log.warning("%s", warning)
+    if sys.stderr:
+        faulthandler.enable()  # SIGABRT from the watchdog leaves every thread's stack
+    return Agent(config, os.environ).run()
+
+
+def run(config: Config, job: Callable[[Config], int]) -> int:
+    """Do a job; return the exit code."""
     try:
-        if options.once:
-            return run_once(config)
-        if options.check:
-            return run_check(config)
-        for warning in config.warnings:
-            log.warning("%s", warning)
-        if sys.stderr:
-            faulthandler.enable()  # SIGABRT from the watchdog leaves every thread's stack
-        return Agent(config, os.environ).run()
+        return job(config)
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:
-        return 1  # whoever read our output has gone
+    except BrokenPipeError:  # the reader of our output has gone
+        return 1
     except Exception:
         log.exception("the agent failed")
         return 1
 
 
 def flush_streams() -> bool:
-    """Flush the output now, since Python would complain at exit; tell whether stdout took it."""
+    """Flush the output now, or Python complains at its exit; tell whether stdout took it."""
     is_written = True
     for stream in filter(None, (sys.stdout, sys.stderr)):
         try:

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 import tinomail_agent as agent
 
+EXAMPLES = {setting.name: setting.example for setting in agent.SETTINGS}
 GOOD = {"DASHBOARD_URL": "https://monitor.example.com", "API_KEY": KEY}
 
 
@@ -58,17 +59,17 @@ def test_defaults_and_examples_are_good(setting: agent.Setting, tmp_path: Path) 
         ("DASHBOARD_URL", "monitor.example.com", "must be https://"),
         ("DASHBOARD_URL", "ftp://monitor.example.com", "must be https://"),
         ("DASHBOARD_URL", "https://", "must be https://"),
-        ("DASHBOARD_URL", "https://m.example.com:70000", "is not a URL"),
+        ("DASHBOARD_URL", "https://m.example.com:70000", "must be https://"),
         ("DASHBOARD_URL", "https://m.example.com:0", "must be https://"),
-        ("DASHBOARD_URL", "https://[::1", "is not a URL"),
-        ("DASHBOARD_URL", f"https://{'x' * 64}.example.com", "a host name, or an IP"),
-        ("DASHBOARD_URL", "https://m..example.com", "a host name, or an IP"),
-        ("DASHBOARD_URL", "https://*.example.com", "a host name, or an IP"),
+        ("DASHBOARD_URL", "https://[::1", "IPv6 in brackets"),
+        ("DASHBOARD_URL", f"https://{'x' * 64}.example.com", "a host name or IP"),
+        ("DASHBOARD_URL", "https://m..example.com", "a host name or IP"),
+        ("DASHBOARD_URL", "https://*.example.com", "a host name or IP"),
         ("DASHBOARD_URL", "HTTP://monitor.example.com", "ALLOW_HTTP=true"),
         ("NET_INTERFACES", "eth0,", "names of interfaces"),
         ("DASHBOARD_URL", "https://joe:pass@m.example.com", "user name or password"),
-        ("DASHBOARD_URL", "https://m.example.com/?a=b", "must not hold '?'"),
-        ("DASHBOARD_URL", "https://m.example.com/ x", "holds a blank"),
+        ("DASHBOARD_URL", "https://m.example.com/?a=b", "must not hold blanks, '?'"),
+        ("DASHBOARD_URL", "https://m.example.com/ x", "must not hold blanks"),
         ("DASHBOARD_URL", "https://müller.example", "outside ASCII"),
         ("DASHBOARD_URL", "http://monitor.example.com", "ALLOW_HTTP=true"),
         ("DASHBOARD_URL", "http://127.0.0.1.example.com", "ALLOW_HTTP=true"),
@@ -81,7 +82,7 @@ def test_defaults_and_examples_are_good(setting: agent.Setting, tmp_path: Path) 
         ("NODE_ROLE", "two\nlines", "1 to 50 printable characters"),
         ("NODE_ROLE", " ", "1 to 50 printable characters"),
         ("ZONEMTA_URL", "https://127.0.0.1:12080", "http://"),
-        ("ZONEMTA_URL", "no", "must be https://, a host name"),
+        ("ZONEMTA_URL", "no", "must be https:// and a host name"),
         ("ZONEMTA_URL", "http://joe:pass@127.0.0.1:12080", "user name or password"),
         ("HEARTBEAT_INTERVAL", "0", "from 1000 to 300000"),
         ("HEARTBEAT_INTERVAL", "15s", "from 1000 to 300000"),
@@ -110,6 +111,24 @@ def test_a_bad_value_is_one_line_that_names_the_setting(name: str, value: str, s
     assert problem.startswith(f"{name}: ")
     assert says in problem
     assert "pass" not in problem.replace("password", "")
+    assert problem.endswith(f"example: {name}={EXAMPLES[name]})") or "ALLOW_HTTP=true" in problem
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "shown"),
+    [
+        ("CHECK_HOST", "localhost", "'localhost'"),
+        ("NODE_ROLE", "two\nlines", "'two?lines'"),
+        ("NODE_ID", "ü" * 1000, f"'{'ü' * 60}'"),
+        ("DASHBOARD_URL", "https://joe:p@ss/w@m.example.com?", "'***@m.example.com?'"),
+        ("NODE_ID", f"a {KEY}", "'a ***'"),
+        ("API_KEY", "two words", ""),
+    ],
+)
+def test_a_wrong_value_is_shown_unless_it_is_secret(name: str, value: str, shown: str) -> None:
+    [problem] = problems_of({**GOOD, name: value})
+    found = f"it is {shown}; " if shown else ""
+    assert problem.endswith(f"({found}example: {name}={EXAMPLES[name]})")
 
 
 @pytest.mark.parametrize("name", ["DASHBOARD_URL", "API_KEY"])
@@ -346,6 +365,17 @@ def test_output_that_cannot_be_written(args: tuple[str, ...], end: str, tmp_path
     assert done.returncode in (0, 1, 75, 124), done
 
 
+def test_a_reader_that_has_gone_is_not_an_error_of_the_agent(tmp_path: Path) -> None:
+    """Unbuffered, as install.sh calls it: the first line already meets a closed pipe."""
+    done = subprocess.run(
+        ["bash", "-c", "$0 $1 --once | head -c 0; exit ${PIPESTATUS[0]}",
+         sys.executable, str(ROOT / "tinomail_agent.py")],
+        env={"PATH": os.environ["PATH"], "PYTHONUNBUFFERED": "1", "CHECK_PORTS": "1"},
+        capture_output=True, text=True, timeout=90, check=False, cwd=tmp_path,
+    )
+    assert (done.returncode, done.stderr) == (1, "")
+
+
 def test_once_needs_no_dashboard() -> None:
     done = run("--once")
     assert done.returncode == 0, done.stderr
@@ -358,7 +388,7 @@ def test_what_does_not_go_together() -> None:
         make_config(buffer_size=10_000, memory_limit_mb=48)
     [problem] = error.value.problems
     assert problem.startswith(
-        "BUFFER_SIZE: more than 5734 samples do not fit under MEMORY_LIMIT_MB=48"
+        "BUFFER_SIZE: 10000 samples do not fit into MEMORY_LIMIT_MB=48; set BUFFER_SIZE=5734"
     )
     assert make_config(buffer_size=5_734, memory_limit_mb=48).buffer_size == 5_734
     assert make_config(buffer_size=10_000).buffer_size == 10_000
@@ -380,7 +410,7 @@ def test_a_host_name_that_is_not_set_yet_is_no_error(
     config = make_config(node_id="")
     assert config.node_id == ""
     assert config.warnings == (
-        "NODE_ID: the host name is not set yet: set NODE_ID, or the host name",
+        "NODE_ID: the host name is not set yet; set the host name or NODE_ID",
     )
 
 

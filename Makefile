@@ -1,4 +1,4 @@
-# TinoMail agent: `make run` shows it at work, `make test` tests it. Both need nothing but Python.
+# TinoMail agent: `make run` shows it at work, `make test` tests it. Both need only Python.
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -9,14 +9,14 @@ BUNDLE = dist/tinomail-agent-$(VERSION).tar.gz
 
 .PHONY: run test unit lint bench dist pins deploy status clean
 
-# The stand-in dashboard and the agent, side by side on this machine; Ctrl-C ends both.
-# API=tinomail-monitor: both speak the other dialect. PORT=9000: not 8080.
+# A stand-in dashboard and the agent, side by side on this machine; Ctrl-C ends both.
+# API=tinomail-monitor: both use the other dialect. PORT=9000: another port than 8080.
 run: $(VENV)/.run
 	@$(PY) tests/demo.py $(if $(PORT),--port $(PORT)) --api $(API)
 
 test: lint unit
 
-# First what compares this machine's numbers, with nothing beside it; then what mostly waits.
+# First the tests that compare this machine's numbers, alone; then those that mostly wait.
 unit: $(VENV)/.test
 	@$(PY) tests/prospects.py
 	@$(PY) -m pytest -m "not service and not long"
@@ -27,30 +27,30 @@ lint: $(VENV)/.test
 	@$(VENV)/bin/mypy
 	@$(VENV)/bin/shellcheck install.sh packaging/*.sh tests/*.sh .ci/run
 
-# What the agent costs, against budgets, in ten minutes; QUICK=1: a rough look in two. Best as root.
+# Measures what the agent costs, in ten minutes; QUICK=1: roughly, in two. Best as root.
 bench: $(VENV)/.test
 	@PYTHONPATH=tests:. $(PY) -m bench $(if $(QUICK),--quick)
 
-# The bundle for nodes: agent, installer and dependencies, for x86_64 and aarch64.
+# The bundle for nodes: agent, installer, documents and libraries, for x86_64 and aarch64.
 dist: $(BUNDLE)
 	@echo $(BUNDLE)
 
 $(BUNDLE): tinomail_agent.py tinomail-agent.service install.sh agent.env.example README.md \
-    $(wildcard packaging/*) | $(VENV)/bin/python
+    CHANGELOG.md LICENSE $(wildcard docs/*.md packaging/*) | $(VENV)/bin/python
 	@echo "building $@"
 	@$(PY) packaging/bundle.py
 
-# The newest versions of the bundle's libraries into packaging/requirements*.txt
+# Pins the newest versions of the bundle's libraries in packaging/requirements*.txt.
 pins: $(VENV)/bin/python
 	@$(PY) packaging/bundle.py --renew-pins
 	@git --no-pager diff --stat packaging
 
 # make deploy HOSTS="mta-01 mta-02" [KEY_FILE=key] [CA_FILE=ca.pem] [INSTALL_ARGS="--url URL"]
-# HOSTS may name a file with a line for each node: host NAME=VALUE ...
+# HOSTS may name a file with a line for each node: HOST NAME=VALUE ...
 deploy: $(BUNDLE)
 	@packaging/fleet.sh deploy $(BUNDLE) $(HOSTS)
 
-# make status HOSTS="mta-01 mta-02": how the agent is on each node
+# make status HOSTS="mta-01 mta-02": version and state of the agent on each node
 status:
 	@packaging/fleet.sh status $(HOSTS)
 

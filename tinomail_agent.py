@@ -3728,21 +3728,21 @@ def load_config(
     shown = SERVICE_ENV_FILE if path == credential_file(environ) else path
     from_file, problems, warnings = read_env_file(path, shown) if path else ({}, [], [])
     may_be_missing = not need_dashboard or bool(problems and not from_file)
-    texts = {setting.name: environ.get(setting.name) or from_file.get(setting.name)
-             or setting.default for setting in SETTINGS}
-    texts["NODE_ID"] = texts["NODE_ID"] or host_name()
+    given = {name: environ.get(name) or from_file.get(name, "") for name in KNOWN_NAMES}
     values: dict[str, Any] = {}
     for setting in SETTINGS:
-        text = texts[setting.name]
+        text = given[setting.name] or setting.default
+        if setting.name == "NODE_ID":
+            text = text or host_name()
         try:
-            if setting.required and not text:
-                values[setting.name.lower()] = ""
-                if not may_be_missing:
-                    raise ValueError("is missing")
-            else:
+            if text or not setting.required:
                 values[setting.name.lower()] = setting.parse(text)
+            elif may_be_missing:
+                values[setting.name.lower()] = ""
+            else:
+                raise ValueError("is missing")
         except ValueError as error:
-            problems.append(_problem(setting, str(error), text, texts["API_KEY"]))
+            problems.append(_problem(setting, str(error), text, given["API_KEY"]))
     problems += _contradictions(values)
     if problems:
         raise SettingsError(problems)
@@ -3751,11 +3751,11 @@ def load_config(
 
 
 def _problem(setting: Setting, reason: str, text: str, key: str) -> str:
-    """Return the line for a wrong value: it shows no key and no password in a URL."""
-    is_shown = text and not setting.secret
-    value = printable(re.sub("(?s).*@", "***@", text), key, SHOWN_CHARS)
-    found = f"it is '{value}'; " if is_shown else ""
-    return f"{setting.name}: {reason} ({found}example: {setting.name}={setting.example})"
+    """Return the line for a wrong value, without the key and without a password in a URL."""
+    shown = ""
+    if text and not setting.secret:
+        shown = f"it is '{printable(re.sub('(?s).*@', '***@', text), key, SHOWN_CHARS)}'; "
+    return f"{setting.name}: {reason} ({shown}example: {setting.name}={setting.example})"
 
 
 def _contradictions(values: Mapping[str, Any]) -> list[str]:

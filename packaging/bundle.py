@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Write dist/tinomail-agent-VERSION.tar.gz: the agent, its installer and its dependencies.
 
-lib/any holds what is pure Python, lib/x86_64 and lib/aarch64 hold psutil; install.sh takes the
-two that fit. The same tree gives the same bytes, whatever the clock, umask or user.
+lib/any holds the pure Python packages, lib/x86_64 and lib/aarch64 hold psutil; install.sh copies
+the two that fit. The same tree gives the same bytes, whatever the clock, umask or user.
 """
 
 from __future__ import annotations
@@ -22,14 +22,16 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 HERE = ROOT / "packaging"
 FILES = (
-    "LICENSE", "README.md", "agent.env.example", "install.sh", "packaging/write_settings.py",
-    "tinomail-agent.service", "tinomail_agent.py",
+    "CHANGELOG.md", "LICENSE", "README.md", "agent.env.example", "install.sh",
+    "packaging/write_settings.py", "tinomail-agent.service", "tinomail_agent.py",
+    *(f"docs/{file.name}" for file in sorted((ROOT / "docs").glob("*.md"))),
 )
 MACHINES = ("x86_64", "aarch64")
-WHEELS = ("--only-binary", ":all:", "--python-version", "3.10")  # the oldest Python
+WHEELS = ("--only-binary", ":all:", "--python-version", "3.10")  # the oldest Python supported
 PURE = (*WHEELS, "--platform", "any", "--implementation", "py", "--abi", "none")
 SOURCE = ("--no-deps", "--no-binary", ":all:")
-# Which file pins what; where pip finds it, below lib/; the packages that ask for the others.
+# The file with the pins, the folder below lib/, options for pip, packages to pin (pip adds what
+# they need).
 PINS: tuple[tuple[str, str, tuple[str, ...], tuple[str, ...]], ...] = (
     ("requirements.txt", "any", PURE, ("requests", "python-dotenv")),
     ("requirements-sdnotify.txt", "any", SOURCE, ("sdnotify",)),
@@ -39,13 +41,13 @@ PINS: tuple[tuple[str, str, tuple[str, ...], tuple[str, ...]], ...] = (
         for machine in MACHINES
     ),
 )
-MTIME = 1_577_836_800  # 2020-01-01: any fixed time will do
-# Not needed at run time. The licences stay.
+MTIME = 1_577_836_800  # 2020-01-01; any fixed time would do
+# Not needed at run time. The licences are kept.
 LEFT_OUT = re.compile(r"\.(pyi|exe)$|/py\.typed$|/tests?/|\.dist-info/(?!.*(LICEN|NOTICE|COPYING))")
 
 
 def download(folder: Path, *words: str) -> list[Path]:
-    """Fetch packages into a folder, by pip; return the files."""
+    """Download packages into a folder with pip; return the files."""
     command = [sys.executable, "-m", "pip", "download", "-q", "--disable-pip-version-check"]
     subprocess.run([*command, "-d", str(folder), *words], check=True)
     return sorted(folder.iterdir())
@@ -62,7 +64,7 @@ def unpack_wheels(files: list[Path]) -> dict[str, bytes]:
 
 
 def unpack_sdnotify(file: Path) -> dict[str, bytes]:
-    """Take the package and its licence out of the source archive: there is nothing to build."""
+    """Take the package and its licence out of the source archive; nothing has to be built."""
     content = {}
     with tarfile.open(file) as archive:
         for member in archive:
@@ -88,7 +90,7 @@ def dependencies() -> dict[str, bytes]:
 
 
 def renew_pins() -> None:
-    """Pin the newest versions that go together, with the sums of their files."""
+    """Pin the newest versions that fit together, with the hashes of their files."""
     lines: dict[str, dict[str, set[str]]] = {}
     for pins, _, options, packages in PINS:
         with tempfile.TemporaryDirectory() as folder:
@@ -107,7 +109,7 @@ def renew_pins() -> None:
 
 
 def pack(content: dict[str, bytes], target: Path) -> None:
-    """Write a tar.gz whose bytes depend on names and contents alone."""
+    """Write a tar.gz whose bytes depend only on names and contents."""
     target.parent.mkdir(parents=True, exist_ok=True)
     with (
         target.open("wb") as out,
@@ -115,7 +117,7 @@ def pack(content: dict[str, bytes], target: Path) -> None:
         tarfile.open(fileobj=packed, mode="w", format=tarfile.PAX_FORMAT) as archive,
     ):
         for name in sorted(content):
-            member = tarfile.TarInfo(name)  # uid, gid 0 and no names
+            member = tarfile.TarInfo(name)  # uid and gid 0, no user names
             member.size = len(content[name])
             member.mtime = MTIME
             member.mode = 0o755 if name.endswith("/install.sh") else 0o644
@@ -131,7 +133,7 @@ def write_sum(file: Path) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--into", type=Path, default=ROOT / "dist", help="folder to write to")
-    parser.add_argument("--renew-pins", action="store_true", help="renew requirements*.txt alone")
+    parser.add_argument("--renew-pins", action="store_true", help="only renew requirements*.txt")
     options = parser.parse_args()
     into = options.into
     if options.renew_pins:

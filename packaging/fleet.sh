@@ -1,41 +1,43 @@
 #!/usr/bin/env bash
-# Installs the agent on nodes, or asks how it is there, over ssh; several nodes at once.
+# Installs the agent on nodes, or shows its state there, over ssh; several nodes at once.
 #
 #   packaging/fleet.sh deploy BUNDLE HOST...|FILE     make deploy HOSTS="mta-01 root@mta-02"
 #   packaging/fleet.sh status HOST...|FILE            make status HOSTS=hosts.txt
 #
-# FILE has a line for each node: HOST NAME=VALUE ..., settings of that node alone; an empty VALUE
+# FILE has a line for each node: HOST NAME=VALUE ... (settings of that node only). An empty VALUE
 # removes the setting; "#" begins a comment.
 #
-#   KEY_FILE=FILE       the dashboard's API key; it goes to install.sh by stdin
+#   KEY_FILE=FILE       holds the dashboard's API key; install.sh gets it by stdin
 #   CA_FILE=FILE        CA of the dashboard's certificate, for each node
-#   INSTALL_ARGS="..."  for install.sh, e.g. --url https://monitor.example.com --api v1;
+#   INSTALL_ARGS="..."  options of install.sh, e.g. --url https://monitor.example.com --api v1;
 #                       none: an upgrade
-#   KEEP_GOING=1        go on although the first node, which comes alone, is not ok
-#   JOBS=8              nodes at once
-#   SSH_OPTIONS="..."   for ssh and scp
+#   KEEP_GOING=1        continue although the first node, which is done alone, is not ok
+#   JOBS=8              number of nodes at once
+#   SSH_OPTIONS="..."   options of ssh and scp
 #
-# One line for each node: ok, WARN or FAILED, and why; then the counts. What each node said is in
-# dist/deploy. Exit codes: 0; 1 if a node failed (deploy), or is not well (status); 2 wrong usage.
+# Prints one line for each node: ok, WARN or FAILED, and why; then the counts. The output of each
+# node is in dist/deploy. Exit codes: 0; 1 a node failed (deploy) or is not well (status); 2 wrong
+# usage.
 set -euo pipefail
 
 JOBS=${JOBS:-8} KEY_FILE=${KEY_FILE:-} CA_FILE=${CA_FILE:-} INSTALL_ARGS=${INSTALL_ARGS:-}
 export LOGS=${LOGS:-dist/deploy} KEY_FILE CA_FILE INSTALL_ARGS
 
-# Both run on the node. The folder holds the bundle and perhaps ca.pem; a key is on stdin.
-# shellcheck disable=SC2016  # expanded there
+# INSTALL and ASK run on the node. $0 is the folder with the bundle and perhaps ca.pem; the key, if
+# there is one, is on stdin.
+# shellcheck disable=SC2016  # expanded on the node
 INSTALL='cd "$0" || exit; s=; [ "$(id -u)" = 0 ] || s="sudo -n"; tar -xzf bundle.tar.gz &&
     $s bash tinomail-agent-*/install.sh "$@"; c=$?; cd /; rm -rf "$0"; exit $c'
-INSTALL=${INSTALL//$'\n'/}  # the login shell there may be any
+INSTALL=${INSTALL//$'\n'/}  # one line, for any login shell
 ASK="/usr/local/sbin/tinomail-agent --version; systemctl show tinomail-agent \
 -p ActiveState -p StateChangeTimestamp -p StatusText"
 
 say() { printf '%s\n' "$*"; }
 wrong() { say "$*" >&2; exit 2; }
 
-# A node that freezes after the log-in ends its own line, not the whole run.
+# With a time limit: a node that hangs after the login must not stop the whole run.
 on_node() {
-    # shellcheck disable=SC2086  # words
+    # shellcheck disable=SC2086  # SSH_OPTIONS holds several words
     timeout 900 "$1" -o BatchMode=yes -o ConnectTimeout=10 -o ServerAliveInterval=15 \
         -o ServerAliveCountMax=4 ${SSH_OPTIONS:-} "${@:2}"
 }
@@ -53,12 +55,12 @@ install_on() {
         on_node ssh -n "$host" "rm -rf $folder"
         return 1
     fi
-    # shellcheck disable=SC2029  # expanded here, quoted for there
+    # shellcheck disable=SC2029  # expanded here, quoted for the node
     on_node ssh "$host" "$(printf '%q ' sh -c "$INSTALL" "$folder" "${args[@]}")" \
         <"${KEY_FILE:-/dev/null}"
 }
 
-# Says in one line how the agent is; well is: active, and its last sample was delivered.
+# Prints the state of the agent in one line. Well means: active, and its last sample was delivered.
 ask() {
     local answer version state since status
     # shellcheck disable=SC2029
@@ -73,7 +75,7 @@ ask() {
     [[ $state == active && $status == ok:* ]]
 }
 
-# One node, one line; its name goes into the file of its verdict.
+# Does one node: prints its line and adds its name to the file of its verdict.
 one() {
     local log=$LOGS/${2//\//_}.log verdict=FAILED line
     if [ "$1" = status ]; then
@@ -84,7 +86,7 @@ one() {
         case $verdict$line in "okWARNING: "*) verdict=WARN ;; esac
         line=${line#WARNING: } line=${line#install.sh: FAILED: } line=${line#done: }
     fi
-    say "$2: $verdict: ${line:-it ended without a word}"
+    say "$2: $verdict: ${line:-it printed nothing}"
     echo "$2" >>"$LOGS/$verdict"
 }
 
@@ -100,9 +102,9 @@ check_nodes() {
     for line in "${lines[@]}"; do
         read -ra words <<<"$line"
         case $line in -*|*[[:cntrl:]]*) wrong "not the name of a host: ${words[0]}" ;; esac
-        [[ " $line" != *\ API_KEY=* ]] || wrong "${words[0]}: API_KEY comes from KEY_FILE alone"
+        [[ " $line" != *\ API_KEY=* ]] || wrong "${words[0]}: API_KEY is not allowed here; use KEY_FILE"
         for word in "${words[@]:1}"; do
-            [[ $word =~ ^[A-Z_]+= ]] || wrong "${words[0]}: is not NAME=VALUE: $word"
+            [[ $word =~ ^[A-Z_]+= ]] || wrong "${words[0]}: not NAME=VALUE: $word"
         done
     done
 }
@@ -122,10 +124,10 @@ if [ "$job" = deploy ]; then
     export BUNDLE=$1
     shift
     for file in "$BUNDLE" "$BUNDLE.sha256" $KEY_FILE $CA_FILE; do
-        [ -r "$file" ] || wrong "$file cannot be read"
+        [ -r "$file" ] || wrong "cannot read $file"
     done
     (cd "$(dirname "$BUNDLE")" && sha256sum --status -c "$(basename "$BUNDLE").sha256") ||
-        wrong "$BUNDLE does not have the sum in its .sha256: remove it and run make dist"
+        wrong "$BUNDLE is damaged: its hash is not the one in $BUNDLE.sha256; remove it, then make dist"
 fi
 mapfile -t lines < <(nodes "$@")
 check_nodes "$@"
@@ -133,11 +135,11 @@ mkdir -p "$LOGS"
 rm -f "$LOGS"/{ok,WARN,FAILED}
 
 first=0
-if [ "$job" = deploy ]; then  # what is wrong for all shows at the first one
+if [ "$job" = deploy ]; then  # the first node alone: a mistake would affect all nodes
     "$0" --one deploy "${lines[0]}"
     first=1
     if [ ! -e "$LOGS/ok" ] && [ -z "${KEEP_GOING:-}" ] && [ ${#lines[@]} -gt 1 ]; then
-        say "stopped: ${lines[0]%% *} is not ok; the others were left alone (KEEP_GOING=1 goes on)"
+        say "stopped: ${lines[0]%% *} is not ok; the other nodes were not tried (KEEP_GOING=1: continue)"
         first=${#lines[@]}
     fi
 fi

@@ -29,6 +29,9 @@ from dashboard import Dashboard
 
 import tinomail_agent as agent
 
+sys.path.insert(0, str(ROOT / "packaging"))
+from bundle import FILES
+
 pytestmark = pytest.mark.service
 
 UNIT = "tinomail-agent.service"
@@ -421,12 +424,25 @@ def test_the_bundle_has_the_same_bytes_twice(bundle: Path, tmp_path: Path) -> No
 
 
 def test_a_venv_gets_the_dependencies_of_the_project() -> None:
-    wanted = re.search(r"^REQUIREMENTS=\((.*)\)", (ROOT / "install.sh").read_text(), re.M)
+    command = re.search(r"< <\((sed .*pyproject.toml\")\)", (ROOT / "install.sh").read_text())
     project = re.search(
         r"^dependencies = \[(.*?)\]", (ROOT / "pyproject.toml").read_text(), re.M | re.S
     )
-    assert wanted and project
-    assert shlex.split(wanted[1]) == re.findall('"(.+?)"', project[1])
+    assert command and project
+    found = subprocess.run(
+        ["bash", "-c", command[1]], env={**os.environ, "here": str(ROOT)},
+        capture_output=True, text=True, check=True,
+    )
+    assert found.stdout.split() == re.findall('"(.+?)"', project[1])
+
+
+def test_the_documents_are_installed_where_the_unit_says(node: Box) -> None:
+    documents = {Path(name).name for name in FILES if name.endswith(".md")}
+    assert {Path(file).name for file in node.sh(f"find {DEST} -name '*.md' ! -path '{DEST}/lib/*'")
+            .split()} == documents
+    for page in node.show("Documentation").split():
+        assert Path(page).name in documents, page
+        node.sh(f"setpriv --reuid daemon --clear-groups test -r {page.removeprefix('file://')}")
 
 
 def test_offline_install_ends_with_samples_at_the_dashboard(node: Box) -> None:
@@ -476,10 +492,7 @@ def by_apt(boxes: Callable[..., Box]) -> Box:
     """A bookworm with network, for a checkout (no lib/)."""
     box = boxes("apt", net="host")
     box.sh("mkdir -p /root/checkout/packaging")
-    for name in (
-        "LICENSE", "README.md", "agent.env.example", "install.sh", "packaging/write_settings.py",
-        UNIT, "tinomail_agent.py",
-    ):
+    for name in (*FILES, "pyproject.toml"):
         box.push(ROOT / name, f"/root/checkout/{name}")
     box.sh("apt-get -qq update", limit_s=300)
     return box
@@ -617,7 +630,7 @@ def test_an_upgrade_that_cannot_start_is_rolled_back(node: Box) -> None:
     code, output = node.try_sh("/root/broken/install.sh --role redis")
     assert code == 1
     assert "OSError" in output
-    assert "1.0.0 and its settings are back and active" in output
+    assert f"{agent.VERSION} and its settings are back and active" in output
     assert node.is_active()
     assert node.sh(look) == before
     assert node.sh(f"ls -d {DEST}.* /etc/systemd/system/{UNIT}?* 2>/dev/null || :") == ""
@@ -639,6 +652,8 @@ def test_wrong_settings_are_refused_before_anything_changes(node: Box) -> None:
     assert code == 78
     assert "CHECK_MODE: must be one of" in output
     assert "DASHBOARD_URL: http:// would send the key in clear text" in output
+    code, output = node.try_sh("/root/bundle/install.sh --ca-file /root/key")
+    assert (code, "cannot read a certificate in PEM form from /root/key" in output) == (78, True)
     assert (node.pid(), node.sh(f"cat {ENV_FILE}")) == (pid, settings)
 
 
@@ -732,7 +747,7 @@ def test_another_unit_of_this_name_is_left_alone(node: Box) -> None:
     try:
         code, output = node.try_sh("/root/bundle/install.sh")
         assert code == 1
-        assert "is another agent's" in output
+        assert "belongs to another agent" in output
         assert "ExecStart=/opt/other" in node.sh(f"cat {unit}")
     finally:
         node.sh(f"cp /root/unit {unit}; systemctl daemon-reload")
@@ -1042,7 +1057,7 @@ def test_a_fleet(
         code, lines = fleet("deploy", "gone", "good", KEY_FILE=key, INSTALL_ARGS=url)
         assert (code, len(lines)) == (1, 3), lines
         assert re.match("gone: FAILED: .*(refused|closed)", lines[0])
-        assert lines[1].startswith("stopped: gone is not ok; the others were left alone")
+        assert lines[1].startswith("stopped: gone is not ok; the other nodes were not tried")
         assert lines[2] == "2 nodes: 0 ok, 0 WARN, 1 FAILED, 1 not tried"
         # without the CA: active, but FAILED
         code, lines = fleet("deploy", hosts, KEY_FILE=key, INSTALL_ARGS=url)
@@ -1077,7 +1092,7 @@ def test_a_fleet(
 
 @pytest.mark.parametrize(
     ("hosts", "says"),
-    [("mta-01 API_KEY=k3y", "API_KEY comes from KEY_FILE alone"), ("mta-01 redis", "NAME=VALUE"),
+    [("mta-01 API_KEY=k3y", "use KEY_FILE"), ("mta-01 redis", "NAME=VALUE"),
      ("-oProxyCommand=x", "not the name of a host"), ("# nobody", "there is no host")],
 )
 def test_a_hosts_file_that_is_wrong(hosts: str, says: str, bundle: Path, tmp_path: Path) -> None:
@@ -1097,7 +1112,7 @@ def test_a_damaged_bundle_goes_nowhere(bundle: Path, tmp_path: Path) -> None:
         [str(ROOT / "packaging/fleet.sh"), "deploy", str(copy), "mta-01"],
         env={**os.environ, "LOGS": str(tmp_path)}, capture_output=True, text=True,
     )
-    assert (done.returncode, "does not have the sum" in done.stderr) == (2, True)
+    assert (done.returncode, "is damaged: its hash" in done.stderr) == (2, True)
 
 
 # - last: what was under way meanwhile, and what ends the node

@@ -150,7 +150,7 @@ def test_taken_over_and_away_again(node: Box) -> None:
         "DASHBOARD_API": "tinomail-monitor",
     }
     assert f"done: the agent is active ({agent.VERSION}), and the dashboard takes" in output
-    assert f"the Node.js agent of before is in {OLD}, its unit and drop-ins in {OLD}/old-unit" in (
+    assert f"the previous Node.js agent is in {OLD}, its unit and drop-ins in {OLD}/old-unit" in (
         output
     )
     assert "in clear text" not in output
@@ -174,7 +174,7 @@ def test_taken_over_and_away_again(node: Box) -> None:
     # and again: an upgrade as any
     assert "nothing to change" in node.install(FLAG)
     output = node.install("--uninstall --purge")
-    assert f"the Node.js agent of before is in {OLD}" in output
+    assert f"the previous Node.js agent is in {OLD}" in output
     assert node.try_sh(f"systemctl status {UNIT}")[0] == 4  # no such unit
     assert node.sh(f"cat {OLD}/old-unit/{UNIT}") == OLD_UNIT
 
@@ -279,35 +279,35 @@ def test_without_its_settings_it_cannot_be_taken_over(node: Box) -> None:
     assert (code, f"{OLD}/.env is missing. Nothing was changed." in output) == (1, True)
 
 
-# Stand-ins for cp; install.sh's PATH begins with /usr/local/sbin.
+# A stand-in for a command; install.sh's PATH begins with /usr/local/sbin.
 NO_SPACE = """#!/bin/sh
-case "$*" in *{place}*) echo "cp: no space left on device" >&2; exit 1 ;; esac
-exec /bin/cp "$@"
+case "$*" in *{place}*) echo "no space left on device" >&2; exit 1 ;; esac
+exec /bin/{command} "$@"
 """
 
 
 def test_a_disk_that_is_full_before_anything_was_moved(node: Box) -> None:
     before, pid = state_of(node), node.pid()
-    node.write("/usr/local/sbin/cp", NO_SPACE.format(place="old-unit.new"), "755")
+    node.write("/usr/local/sbin/cp", NO_SPACE.format(command="cp", place="old-unit.new"), "755")
     try:
         code, output = node.try_sh(f"{INSTALL} {FLAG}")
     finally:
         node.sh("rm /usr/local/sbin/cp")
-    assert (code != 0, "The Node.js agent goes on" in output) == (True, True), output
+    assert (code != 0, "The Node.js agent keeps running" in output) == (True, True), output
     assert (state_of(node), node.pid()) == (before, pid)
 
 
-def test_a_disk_that_is_full_when_the_old_agent_is_to_come_back(node: Box) -> None:
-    """Nothing of it is thrown away: the next run, with room again, puts it back."""
+def test_a_disk_that_fails_when_the_old_agent_is_to_come_back(node: Box) -> None:
+    """Nothing of it is thrown away: the next run puts it back."""
     before = state_of(node)
     break_agent(node)
-    node.write("/usr/local/sbin/cp", NO_SPACE.format(place=f"{UNIT}.tmp"), "755")
+    node.write("/usr/local/sbin/ln", NO_SPACE.format(command="ln", place=f"{UNIT}.tmp"), "755")
     try:
         code, output = node.try_sh(f"/root/broken/install.sh {FLAG}")
         assert (code, "CANNOT be put back" in output) == (1, True), output
-        assert node.try_sh(INSTALL)[0] == 1  # still no room
+        assert node.try_sh(INSTALL)[0] == 1  # it still fails
     finally:
-        node.sh("rm /usr/local/sbin/cp")
+        node.sh("rm /usr/local/sbin/ln")
     code, output = node.try_sh(INSTALL)
     assert (code, "The Node.js agent is back and active" in output) == (1, True), output
     assert state_of(node) == before

@@ -3746,7 +3746,7 @@ def load_config(
     problems += _contradictions(values)
     if problems:
         raise SettingsError(problems)
-    warnings += _second_thoughts(values)
+    warnings += _warnings_about(values)
     return Config(**values, env_file=path, warnings=tuple(warnings))
 
 
@@ -3773,7 +3773,7 @@ def _contradictions(values: Mapping[str, Any]) -> list[str]:
     return found
 
 
-def _second_thoughts(values: Mapping[str, Any]) -> list[str]:
+def _warnings_about(values: Mapping[str, Any]) -> list[str]:
     """Return warnings about settings that are allowed, but probably not intended."""
     found = []
     if not values["node_id"]:
@@ -3861,7 +3861,10 @@ def set_up_logging(level: str, key: str, environ: Mapping[str, str]) -> None:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    rows = [f"  {s.name:<19} {s.help}" + (f" [{s.default}]" if s.default else "") for s in SETTINGS]
+    rows = []
+    for s in SETTINGS:
+        note = "required" if s.required else s.default
+        rows.append(f"  {s.name:<19} {s.help}" + (f" [{note}]" if note else ""))
     parser = argparse.ArgumentParser(
         prog="tinomail_agent.py",
         description="Samples this mail node and reports it to a dashboard. "

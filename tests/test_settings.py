@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -374,6 +375,59 @@ def test_a_reader_that_has_gone_is_not_an_error_of_the_agent(tmp_path: Path) -> 
         capture_output=True, text=True, timeout=90, check=False, cwd=tmp_path,
     )
     assert (done.returncode, done.stderr) == (1, "")
+
+
+def test_check_lists_each_figure_under_its_name() -> None:
+    sample = {
+        "system": {"cpu_cores": [{"core": 0, "percent": 1.5}, {"core": 1, "percent": 2.0}],
+                   "ram_used_bytes": 3 << 20, "load_avg": [0.5, 1.0, 2.0],
+                   "disks": [{"mount": "/", "read_only": False},
+                             {"mount": "/a", "read_only": True}]},
+        "processes": {"redis": {"status": "running", "pid": 7},
+                      "haraka": {"status": "not_found", "pid": None}},
+        "services": {"port_25": True}, "accept_queue": {"port_25": 4},
+        "agent": {"version": "1"},
+    }
+    assert [re.split(" {2,}", line) for line in agent.describe_sample(sample)] == [
+        ["cpu_cores", "core 0, percent 1.5; core 1, percent 2.0"], ["ram_used_bytes", "3 MiB"],
+        ["load_avg", "0.5; 1.0; 2.0"],
+        ["disks", "mount /, read_only no"], ["disks", "mount /a, read_only yes"],
+        ["redis", "status running, pid 7"], ["haraka", "status not_found"],
+        ["port_25", "yes"], ["accept_queue port_25", "4"],
+    ]
+
+
+@pytest.mark.parametrize("is_journal", [True, False])
+def test_the_journal_gets_a_priority_for_each_line(
+    is_journal: bool, capfd: pytest.CaptureFixture[str]
+) -> None:
+    stderr = os.fstat(2)
+    inode = stderr.st_ino if is_journal else stderr.st_ino + 1
+    agent.set_up_logging("info", KEY, {"JOURNAL_STREAM": f"{stderr.st_dev}:{inode}"})
+    agent.log.warning("one\ntwo")
+    agent.log.error("three")
+    agent.log.debug("four")
+    lines = capfd.readouterr().err.splitlines()
+    if is_journal:
+        assert lines == ["<4>one", "<4>two", "<3>three"]
+    else:
+        assert [line.split(" ", 2)[2] for line in lines if " " in line] == [
+            "WARNING  one", "ERROR    three"]
+
+
+def test_how_a_job_ends(capfd: pytest.CaptureFixture[str]) -> None:
+    def fail(error: BaseException) -> int:
+        def job(config: agent.Config) -> int:
+            raise error
+
+        agent.set_up_logging("info", KEY, {})
+        return agent.run(make_config(), job)
+
+    assert fail(KeyboardInterrupt()) == 130
+    assert fail(BrokenPipeError()) == 1
+    assert capfd.readouterr().err == ""
+    assert fail(OSError("on fire")) == 1
+    assert "ERROR    the agent failed\nTraceback" in capfd.readouterr().err
 
 
 def test_once_needs_no_dashboard() -> None:

@@ -3591,7 +3591,7 @@ class Config:
     check_host: str = _setting(
         _ip_literal, "127.0.0.1", "IP address at which the ports are checked", "10.0.0.5")
     check_mode: str = _setting(
-        _choice("connect", "listen"), "connect",
+        _choice(*PORT_CHECKS), "connect",
         "connect to each port; listen: ask the kernel who listens (nothing in the mail log)",
         "listen")
     disk_paths: tuple[str, ...] | None = _setting(
@@ -3619,7 +3619,7 @@ class Config:
         _whole(48, 72), "64",
         "resident memory in MiB above which the agent asks systemd for a restart", "64")
     dashboard_api: str = _setting(
-        _choice("v1", "tinomail-monitor"), "v1",
+        _choice(*DIALECTS), "v1",
         "dialect that the dashboard speaks: v1 or tinomail-monitor", "tinomail-monitor")
     env_file: str = ""  # where settings were read from; "": from the environment alone
     warnings: tuple[str, ...] = ()

@@ -3903,7 +3903,7 @@ def run_once(config: Config) -> int:
 
 
 def run_check(config: Config) -> int:
-    """Show the settings and a sample, and try whether the dashboard takes it."""
+    """Show the settings and a sample, and check whether the dashboard takes it."""
     print(f"TinoMail agent {VERSION}\n")
     print(f"settings (from the environment, then {config.env_file or 'no file'})")
     for setting in SETTINGS:

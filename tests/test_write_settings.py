@@ -96,3 +96,25 @@ def test_a_disk_that_is_full(tmp_path: Path) -> None:
     (tmp_path / "agent.env.new").symlink_to("/dev/full")
     run = Run(tmp_path / "agent.env", "--set=NODE_ROLE=redis")
     assert (run.code, "cannot be written: No space left on device" in run.said) == (1, True)
+
+
+@pytest.mark.parametrize(("url", "option", "allowed"), [
+    ("https://m.example.com", "", False), ("http://10.0.0.1:8080", "", True),
+    ("HTTP://10.0.0.1:8080", "", True), ("http://127.0.0.1:8080", "", False),
+    ("http://10.0.0.1:8080", "https://m.example.com", False),
+])
+def test_the_settings_of_the_node_agent(
+    url: str, option: str, allowed: bool, tmp_path: Path
+) -> None:
+    (tmp_path / ".env").write_text(
+        f"# theirs\nexport AGENT_SERVER_URL='{url}'\nAGENT_API_KEY=\"a\\\"b\\$c\\d\"\n"
+        "AGENT_NODE_ROLE=re\\dis \nAGENT_HEARTBEAT_INTERVAL=\nAGENT_MONGODB_URI=mongodb://h\n"
+    )
+    options = [f"--set=DASHBOARD_URL={option}"] if option else []
+    run = Run(tmp_path / "agent.env", "--node-agent", str(tmp_path / ".env"), *options)
+    assert (run.code, "sent in clear text" in run.said) == (0, allowed), run.said
+    assert run.values == {
+        "DASHBOARD_URL": option or url, "API_KEY": 'a"b$c\\d', "NODE_ROLE": "redis",
+        "NODE_ID": "node-01", "DASHBOARD_API": "tinomail-monitor",
+        **({"ALLOW_HTTP": "true"} if allowed else {}),
+    }

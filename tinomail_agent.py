@@ -3980,7 +3980,6 @@ def describe_figure(value: Any, name: str) -> str:
     return f"{value / MIB:.0f} MiB" if name.endswith("_bytes") else str(value)
 
 
-SERVICE_UNIT = "tinomail-agent.service"
 NOBODY_ID = 65534  # user and group nobody, on every distribution with systemd
 
 
@@ -3989,7 +3988,7 @@ def unit_environ() -> dict[str, str]:
     import shlex  # only on the command line
     import subprocess
 
-    command = ["systemctl", "show", "-p", "Environment", "--value", SERVICE_UNIT]
+    command = ["systemctl", "show", "-p", "Environment", "--value", "tinomail-agent"]
     try:
         done = subprocess.run(
             command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, timeout=10)

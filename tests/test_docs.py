@@ -131,6 +131,12 @@ def test_readme_is_short_and_leads_to_all_documents() -> None:
     assert {name for name in DOCUMENTS if f"]({name})" in README} == set(DOCUMENTS) - {"README.md"}
 
 
+def test_the_unit_names_documents_that_are_installed() -> None:
+    pages = re.findall("^Documentation=(.*)$", UNIT, re.MULTILINE)
+    folder = "file:///usr/local/lib/tinomail-agent/"
+    assert pages and {page.removeprefix(folder) for page in pages} <= set(DOCUMENTS)
+
+
 def test_nothing_stands_twice() -> None:
     seen: dict[str, str] = {}
     for name, text in DOCUMENTS.items():

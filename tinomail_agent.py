@@ -1970,18 +1970,16 @@ def iso_utc(epoch_s: float) -> str:
 
 # --- reading /proc and sysfs -------------------------------------------------------------
 
-# What a reader of /proc, sysfs or psutil raises when a metric cannot be had.
+# What a reader of /proc, sysfs or psutil raises when a metric cannot be read.
 READ_ERRORS = (
     OSError, ValueError, LookupError, RuntimeError, TypeError, AttributeError, struct.error,
     psutil.Error, http.client.HTTPException,
 )
-
 CLOCK_TICKS = os.sysconf("SC_CLK_TCK")
 PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 
-PortCheck = Callable[[str, Iterable[int]], dict[int, bool]]
-Missing = Callable[[str, str], None]  # tells of a metric that is left out, and why
-Growth = tuple[float, list[float]]  # seconds, and by how much each counter grew in them
+Missing = Callable[[str, str], None]  # reports a metric that is left out, and the reason
+Growth = tuple[float, list[float]]  # seconds, and how much each counter grew in them
 
 
 def read_bytes(path: str, limit: int = -1) -> bytes:
@@ -1990,17 +1988,17 @@ def read_bytes(path: str, limit: int = -1) -> bytes:
 
 
 def read_feature(path: str) -> bytes:
-    """Read a file that not every kernel has; b"" if this one has not."""
+    """Read a file of a kernel feature; return b"" if this kernel does not have it."""
     try:
         return read_bytes(path)
     except OSError as error:
-        if error.errno in (errno.ENOENT, errno.EOPNOTSUPP):  # the latter: there, but switched off
+        if error.errno in (errno.ENOENT, errno.EOPNOTSUPP):  # EOPNOTSUPP: it is switched off
             return b""
         raise
 
 
 def _reason(error: BaseException) -> str:
-    """Say in a few words, the same each time, why something could not be read."""
+    """Return in a few words why something could not be read; the same words each time."""
     if isinstance(error, OSError) and error.errno:
         where = f" ({error.filename})" if error.filename else ""
         return (error.strerror or os.strerror(error.errno)) + where
@@ -2012,22 +2010,23 @@ def _printable(text: str) -> str:
 
 
 class Meter:
-    """Measures how counters grow.
+    """Measures how much counters grow between two readings.
 
-    A counter that falls was reset, or this one reading of it is bad. Until the next reading
-    tells, both are kept: a bad one never becomes the base of an absurd rate.
+    A counter falls when it was reset, or when one reading of it is wrong. The next reading
+    tells which. Both readings are kept until then: a wrong one must not become the base of a
+    rate.
     """
 
     def __init__(self, clock: Callable[[], float], tolerance: float = 0) -> None:
-        """tolerance: a counter that falls by no more counts as unchanged."""
+        """tolerance: a counter that falls by this much or less counts as unchanged."""
         self._clock = clock
         self._tolerance = tolerance
-        self._bases: dict[Any, list[tuple[float, Sequence[float]]]] = {}  # the best one first
+        self._bases: dict[Any, list[tuple[float, Sequence[float]]]] = {}  # the best base first
 
     def growth(self, readings: Mapping[Any, Sequence[float]]) -> dict[Any, Growth | None]:
-        """Return name -> growth since its last good reading; None if a counter of it fell.
+        """Return name -> growth since the last good reading; None if one of its counters fell.
 
-        Names that are new are not in the result, those that are not in readings are forgotten.
+        A new name has no growth yet. A name that is not in `readings` is forgotten.
         """
         now = self._clock()
         grown: dict[Any, Growth | None] = {}
@@ -2046,9 +2045,9 @@ class Meter:
 
 
 def rates(grown: Mapping[Any, Growth | None]) -> tuple[int | None, int | None]:
-    """Return two counters' growth per second, summed over all names.
+    """Return the growth per second of two counters, summed over all names.
 
-    None if one of them fell, if no time has passed, and without any name.
+    None if a counter fell, if no time has passed, or if there is no name.
     """
     sound = [growth for growth in grown.values() if growth and growth[0] > 0]
     if not sound or len(sound) < len(grown):
@@ -2060,7 +2059,7 @@ def rates(grown: Mapping[Any, Growth | None]) -> tuple[int | None, int | None]:
 
 
 def percent(part: float, whole: float) -> float | None:
-    """Return part of whole in percent, 0.0 to 100.0; None if there is no whole."""
+    """Return part of whole in percent, 0.0 to 100.0; None if whole is 0."""
     return min(100.0, max(0.0, round(100.0 * part / whole, 1))) if whole > 0 else None
 
 
@@ -2068,56 +2067,57 @@ def own_rss_bytes() -> int:
     return int(read_bytes("/proc/self/statm").split()[1]) * PAGE_BYTES
 
 
-# The columns of /proc/stat (proc_stat(5)): user, nice, system, idle, iowait, irq, softirq, steal.
-# `guest` and `guest_nice`, behind them, are inside `user` and `nice` already.
-CPU_COLUMNS, CPU_IDLE = 8, (3, 4)
-CPU_SHARES = {"cpu_iowait_percent": 4, "cpu_steal_percent": 7}
+# Columns of /proc/stat (proc_stat(5)). Those after the eighth are part of `user` and `nice`.
+CPU_COLUMNS, CPU_IDLE, CPU_IOWAIT, CPU_STEAL = 8, 3, 4, 7
 
 
 def parse_cpu_ticks(data: bytes) -> dict[int, list[int]]:
-    """Return core -> its columns of /proc/stat; cores that are off have none."""
+    """Return core -> its columns of /proc/stat. A core that is offline has no line."""
     rows = re.findall(rb"^cpu(\d+) (.*)$", data, re.MULTILINE)
     return {int(core): list(map(int, ticks.split()[:CPU_COLUMNS])) for core, ticks in rows}
 
 
+def busy_percent(ticks: Sequence[float]) -> float | None:
+    """Return the share of time in which a CPU was busy; iowait counts as idle."""
+    return percent(sum(ticks) - ticks[CPU_IDLE] - ticks[CPU_IOWAIT], sum(ticks))
+
+
 class CpuReader:
-    """Reads the busy share of all cores together (with CPU_SHARES), and of each; iowait is idle."""
+    """Reads how busy each core is, and all of them together, with their iowait and steal."""
 
     def __init__(self, proc: str, clock: Callable[[], float]) -> None:
         self._proc = proc
-        self._meter = Meter(clock, tolerance=CLOCK_TICKS)  # iowait may fall, by little
+        self._meter = Meter(clock, tolerance=CLOCK_TICKS)  # iowait may fall a little
 
     def read(self) -> dict[str, Any]:
         grown = self._meter.growth(parse_cpu_ticks(read_bytes(f"{self._proc}/stat")))
-        spent = {core: growth[1] for core, growth in grown.items() if growth}
-        idle = {core: sum(ticks[i] for i in CPU_IDLE) for core, ticks in spent.items()}
-        whole = {core: sum(ticks) for core, ticks in spent.items()}
-        busy = {core: whole[core] - idle[core] for core in spent}
-        shares = {core: percent(busy[core], whole[core]) for core in spent}
+        cores = {core: growth[1] for core, growth in grown.items() if growth}
+        all_cores = [sum(column) for column in zip(*cores.values())] or [0] * CPU_COLUMNS
+        shares = {core: busy_percent(ticks) for core, ticks in cores.items()}
         rows = [{"core": core, "percent": p} for core, p in shares.items() if p is not None]
-        total = sum(whole.values())
-        others = {name: percent(sum(ticks[column] for ticks in spent.values()), total)
-                  for name, column in CPU_SHARES.items()}
-        return {"cpu_percent": percent(sum(busy.values()), total), "cpu_cores": rows or None,
-                **others}
+        return {
+            "cpu_percent": busy_percent(all_cores),
+            "cpu_cores": rows or None,
+            "cpu_iowait_percent": percent(all_cores[CPU_IOWAIT], sum(all_cores)),
+            "cpu_steal_percent": percent(all_cores[CPU_STEAL], sum(all_cores)),
+        }
 
 
 def read_memory(proc: str) -> dict[str, Any]:
     rows = re.findall(rb"^(\w+): *(\d+) kB$", read_bytes(f"{proc}/meminfo"), re.MULTILINE)
     sizes = {name: int(kib) * 1024 for name, kib in rows}
-    total, swap_total = sizes[b"MemTotal"], sizes.get(b"SwapTotal")
+    total = sizes[b"MemTotal"]
     used = max(0, total - sizes[b"MemAvailable"])
     found = {
         "ram_used_percent": percent(used, total), "ram_used_bytes": used, "ram_total_bytes": total,
     }
-    if swap_total is not None:  # not every kernel has swap
-        found["swap_used_bytes"] = max(0, swap_total - sizes[b"SwapFree"])
-        found["swap_total_bytes"] = swap_total
+    if b"SwapTotal" in sizes:  # a kernel without swap has no such line
+        found["swap_total_bytes"] = sizes[b"SwapTotal"]
+        found["swap_used_bytes"] = max(0, sizes[b"SwapTotal"] - sizes[b"SwapFree"])
     return found
 
 
-# LXC mounts files with a container's own load and uptime over these; the system calls that
-# tell them, and the clocks, are the host's.
+# In an LXC container these two files show the container. The system calls show the host.
 def read_load(proc: str) -> dict[str, Any]:
     return {"load_avg": [float(load) for load in read_bytes(f"{proc}/loadavg").split()[:3]]}
 
@@ -2131,8 +2131,8 @@ def read_open_files(proc: str) -> dict[str, Any]:
 
 
 def read_oom_kills(proc: str) -> dict[str, Any]:
-    _, found, rest = read_feature(f"{proc}/vmstat").partition(b"\noom_kill ")  # Linux 4.13
-    return {"oom_kills": int(rest.split(b"\n", 1)[0])} if found else {}
+    found = re.search(rb"\noom_kill (\d+)\n", read_feature(f"{proc}/vmstat"))  # Linux 4.13
+    return {"oom_kills": int(found[1])} if found else {}
 
 
 class PressureReader:
@@ -2158,46 +2158,57 @@ class PressureReader:
 
 DISKS_LIMIT = 16  # rows of system.disks, the fullest first: a post stays under 2 KB
 
+# File systems whose server may hang. The kernel does not tell which have one. Those of FUSE
+# are known by their names, which begin with fuse.
+NETWORK_FSTYPES = frozenset(
+    "nfs nfs4 cifs smb3 smbfs ceph 9p afs ncpfs coda lustre gfs2 ocfs2 beegfs virtiofs".split()
+)
+UNWATCHED_PATHS = re.compile(r"/(boot|efi)(/|$)|(?s:.*)//deleted$")
+LOOP_MAJOR = "7:"  # Documentation/admin-guide/devices.txt
+# Options of a file system that cannot be written: emergency_ro is ext4's after an error (Linux
+# 6.15). The flags of a mount do not tell: ProtectSystem= makes them read-only for a service.
+READ_ONLY = {"ro", "emergency_ro"}
+
 
 class Mount(NamedTuple):
     """One line of /proc/self/mountinfo (proc_pid_mountinfo(5))."""
 
     mount_id: int
     parent_id: int
-    device: str  # "major:minor" of the superblock
-    root: str  # the directory in the file system that is mounted
+    device: str  # "major:minor" of the file system
+    root: str  # the directory of the file system that is mounted
     path: str
     fstype: str
     source: str
-    options: tuple[str, ...]  # of the superblock, not of this mount of it
+    options: tuple[str, ...]  # of the file system, not of this mount of it
 
     @property
     def is_remote(self) -> bool:
-        """Tell whether a server, or a process, answers for it: one that is stuck hangs us."""
+        """Tell whether a server or a process answers for it: it hangs while they do not."""
         return self.fstype in NETWORK_FSTYPES or self.fstype.startswith("fuse")
 
     @property
     def bars_way(self) -> bool:
-        """Tell whether nothing below it is looked at: it may hang, or expires if nobody looks."""
+        """Tell whether nothing below it is read: it may hang, or is an automount that expires.
+
+        A remote "/" does not count, because every path begins there.
+        """
         is_automount = self.fstype == "autofs" and "timeout=0" not in self.options
-        return is_automount or (self.is_remote and self.path != "/")  # all leads through "/"
+        return is_automount or (self.is_remote and self.path != "/")
 
-
-# The kernel does not say which file systems have a server; the names of FUSE begin with fuse.
-NETWORK_FSTYPES = frozenset(
-    "nfs nfs4 cifs smb3 smbfs ceph 9p afs ncpfs coda lustre gfs2 ocfs2 beegfs virtiofs".split()
-)
-UNWATCHED_PATHS = re.compile(r"/(boot|efi)(/|$)|(?s:.*)//deleted$")
-LOOP_MAJOR = "7:"  # Documentation/admin-guide/devices.txt
-# Options of a superblock; the latter of ext4 after an error, since Linux 6.15. The flags of a mount
-# do not tell: for a service with ProtectSystem= all are read-only.
-READ_ONLY = {"ro", "emergency_ro"}
+    @property
+    def is_local_disk(self) -> bool:
+        is_on_disk = not self.device.startswith("0:") or self.fstype in ("btrfs", "zfs")
+        # btrfs on a loop device has a device number of its own
+        is_loop = self.device.startswith(LOOP_MAJOR) or self.source.startswith("/dev/loop")
+        is_unwatched = self.is_remote or is_loop or UNWATCHED_PATHS.match(self.path)
+        return (is_on_disk or self.path == "/") and not is_unwatched
 
 
 def parse_mountinfo(data: bytes) -> list[Mount]:
     """Parse /proc/self/mountinfo, in the order of mounting.
 
-    A line ends with \\n and a field with a blank; any other character may be part of a path.
+    A line ends with \\n and a field with a blank. Every other character may be part of a path.
     """
     mounts = []
     for line in os.fsdecode(data).split("\n"):
@@ -2217,21 +2228,20 @@ def _unescape(text: str) -> str:
 
 
 class MountTable:
-    """The mounts of this process, and where a path leads."""
+    """The mounts of this process: which are local disks, and on which one a path is."""
 
     def __init__(self, mounts: Iterable[Mount]) -> None:
-        # the root of an initramfs is its own parent
-        self._mounts = [
-            m._replace(parent_id=-1) if m.parent_id == m.mount_id else m for m in mounts
-        ]
-        self._by_place = {(mount.parent_id, mount.path): mount for mount in self._mounts}
-        ids = {mount.mount_id for mount in self._mounts}
-        outside = next((m.parent_id for m in self._mounts if m.parent_id not in ids), -1)
-        self._outside = Mount(outside, 0, "0:0", "/", "/", "", "", ())  # a chroot(2) stays in it
+        self._mounts = list(mounts)
+        by_id = {mount.mount_id: mount for mount in self._mounts}
+        # The first root of an initramfs is its own parent. Below a chroot(2) no root is listed.
+        top = next((m for m in self._mounts if by_id.get(m.parent_id, m) is m), None)
+        top_id = top.parent_id if top else 0
+        self._top = by_id.get(top_id, Mount(top_id, 0, "0:0", "/", "/", "", "", ()))
+        self._by_place = {(m.parent_id, m.path): m for m in self._mounts if m is not self._top}
 
     def way(self, path: str) -> Iterator[tuple[str, Mount]]:
-        """Yield each directory on the way to an absolute path, and the mounts passed there."""
-        here = self._outside
+        """Yield each directory on the way to an absolute path, with each mount entered there."""
+        here = self._top
         for end in (1, *(i for i, c in enumerate(f"{path}/") if c == "/" and i > 1)):
             while upper := self._by_place.get((here.mount_id, path[:end])):
                 here = upper
@@ -2239,33 +2249,24 @@ class MountTable:
             yield path[:end], here
 
     def local_disks(self) -> dict[str, list[Mount]]:
-        """Group what is mounted of local disks by device, the whole and short ones first.
+        """Return device -> its mounts, for each local disk; the best mount to show is first.
 
-        Local is "/", and what stands on a block device or is btrfs or zfs. What is hidden below
-        another mount does not count, nor what is beyond a mount that bars the way.
+        A mount that is hidden below another one does not count.
         """
         disks: dict[str, list[Mount]] = {}
         for mount in self._mounts:
-            on_block = not mount.device.startswith("0:") or mount.fstype in ("btrfs", "zfs")
-            unwatched = (
-                mount.is_remote
-                or mount.device.startswith(LOOP_MAJOR)
-                or mount.source.startswith("/dev/loop")  # btrfs has a device number of its own
-                or UNWATCHED_PATHS.match(mount.path)
-            )
-            if unwatched or not (on_block or mount.path == "/"):
-                continue
-            way = [passed for _, passed in self.way(mount.path)]
-            if way[-1] == mount and not any(passed.bars_way for passed in way):
-                disks.setdefault(mount.device, []).append(mount)
-        for candidates in disks.values():
-            candidates.sort(key=lambda m: (m.path != "/", m.root != "/", len(m.path)))
+            if mount.is_local_disk:
+                way = [passed for _, passed in self.way(mount.path)]
+                if way[-1] is mount and not any(passed.bars_way for passed in way):
+                    disks.setdefault(mount.device, []).append(mount)
+        for mounts in disks.values():
+            mounts.sort(key=lambda m: (m.path != "/", m.root != "/", len(m.path)))
         return disks
 
     def find(self, path: str, hops: int = 40) -> Mount:
-        """Return the mount that a path is on, links followed.
+        """Return the mount that a path is on; follows links.
 
-        Raises OSError if there is none, and before what bars the way is touched.
+        Raises OSError if there is no such path, or before a file system is touched that may hang.
         """
         path = os.path.normpath(path)
         for place, mount in self.way(path):
@@ -2275,7 +2276,7 @@ class MountTable:
                 target = os.path.join(os.path.dirname(place), os.readlink(place))
                 return self.find(f"{target}{path[len(place):]}", hops - 1)
         if mount.bars_way or mount.is_remote:
-            raise OSError(errno.EREMOTE, "it is remote, FUSE or an automount, and not looked at")
+            raise OSError(errno.EREMOTE, "network, FUSE and automounted file systems are not read")
         os.lstat(path)
         return mount
 
@@ -2295,8 +2296,8 @@ class DiskReader:
         table = MountTable(parse_mountinfo(read_bytes(f"{self._proc}/self/mountinfo")))
         calls: dict[str, Callable[[], dict[str, Any] | None]]
         if self._paths is None:
-            calls = {f"disk {_printable(disk[0].path)}": functools.partial(read_disk, disk)
-                     for disk in table.local_disks().values()}
+            calls = {f"disk {_printable(mounts[0].path)}": functools.partial(read_disk, mounts)
+                     for mounts in table.local_disks().values()}
         else:
             calls = {f"disk {path} of DISK_PATHS": functools.partial(read_disk_of, path, table)
                      for path in self._paths}
@@ -2317,14 +2318,14 @@ class DiskReader:
         return found
 
 
-def read_disk(candidates: Iterable[Mount]) -> dict[str, Any] | None:
-    """Return a row of system.disks, of the first of a device's mounts that can be read.
+def read_disk(mounts: Iterable[Mount]) -> dict[str, Any] | None:
+    """Return a row of system.disks, from the first mount of the disk that can be read.
 
-    None if it has no size, or is full because it is made that way (squashfs, iso9660, an
-    overlay on them): read-only, without a free block. Raises OSError if no mount can be read.
+    None if it has no size, or is always full: read-only without a free block (squashfs, iso9660,
+    an overlay on them). Raises OSError if no mount can be read.
     """
     problem: OSError | None = None
-    for mount in candidates:
+    for mount in mounts:
         try:
             fs = os.statvfs(mount.path)
         except OSError as error:
@@ -2344,24 +2345,25 @@ def read_disk(candidates: Iterable[Mount]) -> dict[str, Any] | None:
 
 
 def read_disk_of(path: str, table: MountTable) -> dict[str, Any]:
-    """Read the file system that a path is on; raises OSError if it does not count."""
+    """Return the row of the file system that a path is on; raises OSError if it has none."""
     if row := read_disk([table.find(path)]):
         return row
     raise OSError(errno.EROFS, "it has no size, or is read-only and always full")
 
 
 def parse_diskstats(data: bytes) -> dict[str, tuple[int, int]]:
-    """Return device -> (bytes read, bytes written) of /proc/diskstats, in 512-byte sectors."""
-    rows = (line.split() for line in data.decode("utf-8", "replace").split("\n"))
-    return {row[2]: (int(row[5]) * 512, int(row[9]) * 512) for row in rows if len(row) > 9}
+    """Return device, as sysfs names it -> (bytes read, bytes written) of /proc/diskstats."""
+    rows = (line.split() for line in os.fsdecode(data).split("\n"))
+    return {row[2].replace("/", "!"): (int(row[5]) * 512, int(row[9]) * 512)
+            for row in rows if len(row) > 9}
 
 
-# A path of native NVMe multipath (drivers/nvme/host/multipath.c): of nvme0n1, and hidden.
+# With NVMe multipath, nvme0c1n1 is a hidden path to nvme0n1 (drivers/nvme/host/multipath.c).
 NVME_PATH = re.compile(r"(nvme\d+)c\d+(n\d+)")
 
 
 class DiskIoReader:
-    """Reads what all disks together read and write."""
+    """Reads how many bytes a second all physical disks together read and write."""
 
     def __init__(self, proc: str, sys_root: str, clock: Callable[[], float]) -> None:
         self._proc = proc
@@ -2370,41 +2372,90 @@ class DiskIoReader:
 
     def read(self) -> dict[str, Any]:
         counters = parse_diskstats(read_bytes(f"{self._proc}/diskstats"))
-        devices = os.listdir(self._block)
-        whole = [n for n in counters if n.replace("/", "!") in devices and self._is_base_disk(n)]
+        present = set(os.listdir(self._block))  # without partitions
+        whole = [name for name in counters if name in present and self._is_lowest(name)]
         paths = [name for name in whole if NVME_PATH.fullmatch(name)]
-        visible = [name for name in whole if name not in paths]
-        physical = [name for name in visible if os.path.exists(self._folder(name, "device"))]
-        chosen = set(physical or visible)
-        for path in paths:
-            disk = NVME_PATH.sub(r"\1\2", path)
-            if not any(counters.get(disk, (0, 0))):  # kernels before 6.2 count at the paths alone
-                chosen.add(path)
+        disks = [name for name in whole if name not in paths]
+        physical = [name for name in disks if os.path.exists(f"{self._block}/{name}/device")]
+        # Linux before 6.2 counts at the paths alone, later kernels at the disk as well.
+        uncounted = [path for path in paths
+                     if not any(counters.get(NVME_PATH.sub(r"\1\2", path), ()))]
+        chosen = {name: counters[name] for name in [*(physical or disks), *uncounted]}
         if not chosen:
             raise ValueError(f"no disk in {self._block}")
-        read, written = rates(self._meter.growth({name: counters[name] for name in chosen}))
+        read, written = rates(self._meter.growth(chosen))
         return {"disk_read_bytes_sec": read, "disk_write_bytes_sec": written}
 
-    def _folder(self, device: str, name: str) -> str:
-        return f"{self._block}/{device.replace('/', '!')}/{name}"
-
-    def _is_base_disk(self, name: str) -> bool:
-        """Tell whether nothing lies below a device: no dm-, md, loop, zram or ram disk."""
+    def _is_lowest(self, name: str) -> bool:
+        """Tell whether no other device is below this one: no dm-, md, loop, zram or ram disk."""
         if name.startswith(("dm-", "md", "loop", "zram", "ram")):
             return False
-        slaves = self._folder(name, "slaves")
+        slaves = f"{self._block}/{name}/slaves"
         return not os.path.isdir(slaves) or not os.listdir(slaves)
 
 
-# linux/if_arp.h: TUNNEL, TUNNEL6, SIT, IPGRE, IP6GRE, and NONE for tun and WireGuard. The ports
-# of a DSA switch have hardware behind them, but all goes through their conduit.
+class NetworkReader:
+    """Reads the traffic of the interfaces: of `names`, or those of choose_interfaces()."""
+
+    def __init__(
+        self, sys_root: str, names: tuple[str, ...] | None, clock: Callable[[], float],
+        missing: Missing,
+    ) -> None:
+        self._base = f"{sys_root}/class/net"
+        self._names = names
+        self._meter = Meter(clock)
+        self._missing = missing
+
+    def read(self) -> dict[str, Any]:
+        counters = psutil.net_io_counters(pernic=True, nowrap=False)
+        names = choose_interfaces(self._base, counters) if self._names is None else self._names
+        for name in names:
+            if name not in counters:
+                self._missing(f"interface {name} of NET_INTERFACES", "there is none")
+        chosen = {name: counters[name] for name in names if name in counters}
+        if not chosen:
+            raise ValueError("no interface but lo, or none of NET_INTERFACES")
+        received, sent = rates(self._meter.growth(
+            {name: (its.bytes_recv, its.bytes_sent) for name, its in chosen.items()}
+        ))
+        return {
+            "net_rx_bytes_sec": received,
+            "net_tx_bytes_sec": sent,
+            "net_rx_errors": sum(its.errin for its in chosen.values()),
+            "net_tx_errors": sum(its.errout for its in chosen.values()),
+        }
+
+
+def choose_interfaces(base: str, present: Iterable[str]) -> list[str]:
+    """Return the interfaces to add up, so that no traffic is counted twice.
+
+    base: /sys/class/net.
+    """
+    hardware = [
+        name for name in present
+        if os.path.exists(f"{base}/{name}/device") and not _is_upper(base, name)
+        # its master counts it: a paravirtual interface (Azure, Hyper-V)
+        and not os.path.exists(f"{base}/{name}/master/device")
+    ]
+    if hardware:
+        return hardware
+    others = [name for name in present if name != "lo"]
+    # A tunnel counts if it is the only way out of a container.
+    lower = [name for name in others if not _is_upper(base, name)] or others
+    # Traffic of a bridge's port, to a container for example, came in by another interface. If
+    # all are in bridges, the kernel does not tell which one leads out.
+    return [name for name in lower if not os.path.exists(f"{base}/{name}/master")] or lower
+
+
+# linux/if_arp.h: TUNNEL, TUNNEL6, SIT, IPGRE, IP6GRE, and NONE of tun and WireGuard. The ports
+# of a DSA switch have hardware behind them, but their traffic goes through another interface.
 UPPER = re.compile(rb"^((768|769|776|778|823|65534)|DEVTYPE=(vxlan|geneve|dsa))$", re.MULTILINE)
 
 
 def _is_upper(base: str, name: str) -> bool:
-    """Tell whether what an interface carries goes through another one too, and counts there.
+    """Tell whether the traffic of an interface goes through another one too, and counts there.
 
-    That is not so if it is the other's master, as a paravirtual interface is (Azure, Hyper-V).
+    A paravirtual interface (Azure, Hyper-V) is no such one: it counts for its lower one.
     """
     folder = f"{base}/{name}"
     try:
@@ -2418,68 +2469,11 @@ def _is_upper(base: str, name: str) -> bool:
         return False
 
 
-class NetworkReader:
-    """Reads what goes over the interfaces: `names`, or those of choose_interfaces()."""
-
-    def __init__(
-        self, sys_root: str, names: tuple[str, ...] | None, clock: Callable[[], float],
-        missing: Missing,
-    ) -> None:
-        self._sys = sys_root
-        self._names = names
-        self._meter = Meter(clock)
-        self._missing = missing
-
-    def read(self) -> dict[str, Any]:
-        counters = psutil.net_io_counters(pernic=True, nowrap=False)
-        names = self._choose(counters)
-        if not names:
-            raise ValueError("no interface but lo, or none of NET_INTERFACES")
-        chosen = {n: (counters[n].bytes_recv, counters[n].bytes_sent) for n in names}
-        received, sent = rates(self._meter.growth(chosen))
-        return {
-            "net_rx_bytes_sec": received,
-            "net_tx_bytes_sec": sent,
-            "net_rx_errors": sum(counters[n].errin for n in names),
-            "net_tx_errors": sum(counters[n].errout for n in names),
-        }
-
-    def _choose(self, present: Mapping[str, Any]) -> list[str]:
-        if self._names is None:
-            return choose_interfaces(f"{self._sys}/class/net", present)
-        for name in self._names:
-            if name not in present:
-                self._missing(f"interface {name} of NET_INTERFACES", "there is none")
-        return [name for name in self._names if name in present]
-
-
-def choose_interfaces(base: str, present: Iterable[str]) -> list[str]:
-    """Return the interfaces to add up: none is counted on top of its lower one.
-
-    base: /sys/class/net.
-    """
-    hardware = [
-        name
-        for name in present
-        if os.path.exists(f"{base}/{name}/device") and not _is_upper(base, name)
-        # the hidden twin of a paravirtual interface (Azure, Hyper-V) counts in its master
-        and not os.path.exists(f"{base}/{name}/master/device")
-    ]
-    if hardware:
-        return hardware
-    others = [name for name in present if name != "lo"]
-    # ... but a tunnel may be the only way out of a container
-    lower = [name for name in others if not _is_upper(base, name)] or others
-    # What goes through a bridge's port, to a container say, came in by another interface,
-    # unless all are in bridges.
-    return [name for name in lower if not os.path.exists(f"{base}/{name}/master")] or lower
-
-
 # --- processes ---------------------------------------------------------------------------
 
 
 class ProcessStat(NamedTuple):
-    """What /proc/PID/stat tells (proc_pid_stat(5)); times in clock ticks."""
+    """A part of /proc/PID/stat (proc_pid_stat(5)); times in clock ticks."""
 
     pid: int
     comm: str
@@ -2487,21 +2481,21 @@ class ProcessStat(NamedTuple):
     ppid: int
     cpu_ticks: int  # user + system
     threads: int
-    start_ticks: int  # since boot: with the pid, the identity of a process
+    start_ticks: int  # since boot; a process is identified by its pid and this
 
     @property
     def is_dead(self) -> bool:
-        """Tell whether it has ended; a main thread may end, and others of the process run on."""
+        """Tell whether it has ended. Other threads may go on when the main one has ended."""
         return self.state in "ZXx" and self.threads <= 1
 
 
 def parse_stat(data: bytes) -> ProcessStat:
-    """Parse /proc/PID/stat; comm may hold blanks and parentheses. ValueError if it is torn."""
+    """Parse /proc/PID/stat; comm may hold blanks and parentheses. ValueError if it is cut off."""
     head, _, rest = data.rpartition(b") ")
     pid, _, comm = head.partition(b" (")
     fields = rest.split(None, 20)
     if len(fields) < 20:
-        raise ValueError("torn /proc/PID/stat")
+        raise ValueError("/proc/PID/stat is cut off")
     return ProcessStat(
         int(pid), comm.decode("utf-8", "replace"), fields[0].decode("ascii", "replace"),
         int(fields[1]), int(fields[11]) + int(fields[12]), int(fields[17]), int(fields[19]),
@@ -2513,63 +2507,50 @@ def age_s(process: ProcessStat) -> float:
 
 
 def parse_statm(statm: bytes) -> tuple[int, int]:
-    """Return (anonymous, file and shared) resident KiB of /proc/PID/statm; a zombie has none."""
+    """Return resident KiB of /proc/PID/statm: (anonymous, of files and shared)."""
     resident, shared = (int(pages) * PAGE_BYTES // 1024 for pages in statm.split()[1:3])
     return max(0, resident - shared), shared
 
 
-class Identity(NamedTuple):
-    """The service that a process belongs to, and how that is known."""
-
-    service: str | None
-    by_unit: bool = False  # by its unit alone
-    is_child: bool = False  # by a script that the service's main process alone starts
-
-
-NOBODY = Identity(None)
-
-
-# A process ended while we looked at it: any other error is ours.
+# What reading a process raises if it has ended meanwhile.
 ENDED = (FileNotFoundError, ProcessLookupError, ValueError)
+CMDLINE_LIMIT_BYTES = 4096
+COMMON_LIBRARIES_KIB = 6 * 1024  # libc, OpenSSL and others, which other programs map too
 
-
-@dataclass(slots=True)
-class Known:
-    """What was found out about a process."""
-
-    process: ProcessStat
-    inode: int  # of /proc/PID: the same as long as it is the same process
-    since: int  # the sample in which it was first seen
-    cgroup: str  # the text of /proc/PID/cgroup
-    candidates: tuple[str, ...]  # the services whose process it may be, by comm and unit
-    cmdline: bytes | None = None  # None: not needed, or not read yet
-    identity: Identity = NOBODY
-    is_none: bool = False  # it is known to belong to no service
-
-
-# What is no service is looked at in each of the first samples, then in every LOOK_AGAINth, the
-# processes in turn: nothing is read of the others. What ran for long before the agent has had
-# its title since then: looking at all of 2,000 eight times would be most of the agent's first
-# minutes.
+# A process that belongs to no service is read in its first LOOK_AGAIN samples, then in one of
+# LOOK_AGAIN: it may still set its title, or become another program by exec(). One that is older
+# than OLD_PROCESS_S when the agent first sees it counts as read so often.
 LOOK_AGAIN = 8
 OLD_PROCESS_S = 120
 
 
-class ProcessTable:
-    """Finds the mail services in /proc, one pass for all of them.
+@dataclass(slots=True)
+class Known:
+    """What is known of a process."""
 
-    worker: reads command lines; watched: (service, comm) of what WATCH_PROCESSES adds.
+    process: ProcessStat
+    inode: int  # of /proc/PID, which changes when another process gets the pid
+    since: int  # number of the sample in which it was first seen
+    cgroup: str  # the text of /proc/PID/cgroup
+    candidates: tuple[str, ...]  # the services that it may belong to, by comm and unit
+    identity: Identity
+    cmdline: bytes | None = None  # None: not needed, or it could not be read yet
+
+    @property
+    def is_settled(self) -> bool:
+        """Tell whether it is known to belong to no service."""
+        return not self.identity.service and not (self.candidates and self.cmdline is None)
+
+
+class ProcessTable:
+    """Finds the mail services in /proc and measures them.
+
+    worker: reads command lines; watched: (service, comm) of each entry of WATCH_PROCESSES.
     """
 
     def __init__(
-        self,
-        proc: str,
-        clock: Callable[[], float],
-        missing: Missing,
-        worker: Worker,
-        *,
-        cgroup_root: str = "/sys/fs/cgroup",
-        watched: Iterable[tuple[str, str]] = (),
+        self, proc: str, clock: Callable[[], float], missing: Missing, worker: Worker, *,
+        cgroup_root: str = "/sys/fs/cgroup", watched: Iterable[tuple[str, str]] = (),
     ) -> None:
         self._proc = proc
         self._clock = clock
@@ -2580,14 +2561,14 @@ class ProcessTable:
         self._services = tuple(dict.fromkeys((*SERVICES, *self._watched.values())))
         self._meter = Meter(clock)
         self._known: dict[int, Known] = {}  # by pid
-        self._node_processes = 0  # those that map Node's program, the services' and beside them
+        self._node_processes = 0  # how many share Node's program
         self._round = 0
         self._read_at = clock()
 
     def read(self) -> dict[str, dict[str, Any]]:
         """Return service -> {status, pid, memory_mb (MiB), cpu_percent (of one core), ...}.
 
-        Raises PermissionError when /proc shows only our own processes (hidepid).
+        Raises PermissionError if /proc shows our own processes only (hidepid).
         """
         try:
             read_bytes(f"{self._proc}/1/stat")
@@ -2615,30 +2596,20 @@ class ProcessTable:
     # - which processes there are
 
     def _look(self) -> list[Known]:
-        """Look at all processes that are new, belong to a service, or are to be asked again."""
+        """Read the processes that are new, belong to a service, or are due to be read again."""
         self._round += 1
         before, self._known = self._known, {}
-        looked: list[Known] = []
-        asked: dict[str, Known] = {}  # by the name of the call
-        calls: dict[str, Callable[[], bytes]] = {}
+        looked = []
         for pid, inode in self._list():
-            seen = before.get(pid)
-            if seen and seen.inode == inode and self._is_settled(pid, seen):
-                self._known[pid] = seen
+            known = before.get(pid)
+            if known and known.inode == inode and known.is_settled and not self._is_due(known):
+                self._known[pid] = known
                 continue
             try:
-                known = self._look_at(pid, inode, seen)
+                looked.append(self._look_at(pid, inode, known))
             except ENDED:
                 continue
-            if not known.candidates:
-                looked.append(known)
-            else:
-                name = f"the command line of process {pid} ({_printable(known.process.comm)})"
-                asked[name] = known
-                path = self._file(known, "cmdline")
-                calls[name] = functools.partial(read_bytes, path, CMDLINE_LIMIT_BYTES)
-        cmdlines = self._worker.run(calls)
-        looked += (k for name, k in asked.items() if self._is_there(k, cmdlines.get(name)))
+        looked = self._identify(looked)
         self._known |= {known.process.pid: known for known in looked}
         return looked
 
@@ -2647,61 +2618,68 @@ class ProcessTable:
         with os.scandir(self._proc) as entries:
             return [(int(e.name), e.inode()) for e in entries if e.name.isdigit()]
 
-    def _is_settled(self, pid: int, known: Known) -> bool:
-        is_old = self._round - known.since >= LOOK_AGAIN
-        return known.is_none and is_old and (self._round + pid) % LOOK_AGAIN != 0
+    def _is_due(self, known: Known) -> bool:
+        is_new = self._round - known.since < LOOK_AGAIN
+        return is_new or (self._round + known.process.pid) % LOOK_AGAIN == 0
 
-    def _look_at(self, pid: int, inode: int, seen: Known | None) -> Known:
-        """Read what never blocks: all but the command line."""
+    def _look_at(self, pid: int, inode: int, known: Known | None) -> Known:
+        """Read all but the command line, which may hang."""
         process = parse_stat(read_bytes(f"{self._proc}/{pid}/stat"))
         since = self._round
-        if seen and seen.process.start_ticks == process.start_ticks:
-            if seen.process.comm == process.comm:
-                seen.process, seen.inode = process, inode
-                return seen
-            since = seen.since
+        if known and known.process.start_ticks == process.start_ticks:
+            if known.process.comm == process.comm:
+                known.process, known.inode = process, inode
+                return known
+            since = known.since
         elif age_s(process) > OLD_PROCESS_S:
             since -= LOOK_AGAIN
         cgroup = sys.intern(os.fsdecode(read_bytes(f"{self._proc}/{pid}/cgroup")))
         candidates = candidates_of(process.comm, cgroup)
-        watched = Identity(None if candidates else self._watched.get(process.comm))
-        is_none = not candidates and not watched.service
-        return Known(process, inode, since, cgroup, candidates, None, watched, is_none)
+        watched = None if candidates else self._watched.get(process.comm)
+        return Known(process, inode, since, cgroup, candidates, Identity(watched))
 
-    def _is_there(self, known: Known, cmdline: bytes | Exception | None) -> bool:
-        """Take in a process' command line, None if the reading hangs; tell if it has not ended."""
-        comm = known.process.comm
-        if isinstance(cmdline, ENDED):
-            return False
-        if isinstance(cmdline, Exception):
-            raise cmdline
-        if known.cmdline is None or (cmdline and cmdline != known.cmdline):
-            # Of one that hangs the name has to tell. One that has died has no command line:
-            # what is known of it remains.
-            known.cmdline, known.identity = cmdline, identify(comm, cmdline or b"", known.cgroup)
-            if not known.identity.service and cmdline is not None:
-                known.identity = Identity(self._watched.get(comm))
-            known.is_none = cmdline is not None and not known.identity.service
-        return True
+    def _identify(self, looked: list[Known]) -> list[Known]:
+        """Read the command lines that are needed; return the processes that have not ended."""
+        asked = {f"the command line of process {k.process.pid} ({_printable(k.process.comm)})": k
+                 for k in looked if k.candidates}
+        cmdlines = self._worker.run({
+            name: functools.partial(read_bytes, self._file(k, "cmdline"), CMDLINE_LIMIT_BYTES)
+            for name, k in asked.items()
+        })
+        present = [known for known in looked if not known.candidates]
+        for name, known in asked.items():
+            cmdline = cmdlines.get(name)  # None: it hangs
+            if isinstance(cmdline, ENDED):
+                continue
+            if isinstance(cmdline, Exception):
+                raise cmdline
+            # That of a dead process is empty: what is known of it remains.
+            if known.cmdline is None or (cmdline and cmdline != known.cmdline):
+                comm, known.cmdline = known.process.comm, cmdline
+                known.identity = identify(comm, cmdline or b"", known.cgroup)
+                if cmdline is not None and not known.identity.service:
+                    known.identity = Identity(self._watched.get(comm))
+            present.append(known)
+        return present
 
     def _members(self, looked: Iterable[Known]) -> dict[str, list[Known]]:
         """Return service -> its processes.
 
-        A unit that holds a process with the service's own title or script holds no other one
-        that the unit alone tells of: those are helpers.
+        Beside a process that is known by its own name, others in the same cgroup that are known
+        by their unit alone are helpers and do not count.
         """
-        ours = [known for known in looked if known.identity.service]
-        own = {(k.identity.service, k.cgroup) for k in ours
-               if k.identity == Identity(k.identity.service) and not k.process.is_dead}
-        places = {k.cgroup for k in ours if k.identity.service in NODE_SERVICES}
+        ours = [(known.identity.service, known) for known in looked if known.identity.service]
+        named = {(service, known.cgroup) for service, known in ours
+                 if known.identity.proof == "name" and not known.process.is_dead}
+        node_cgroups = {known.cgroup for service, known in ours if service in NODE_SERVICES}
         self._node_processes = sum(
-            k.identity.service in NODE_SERVICES or NODE_COMM.match(k.process.comm) is not None
-            for k in self._known.values() if k.cgroup in places
+            known.identity.service in NODE_SERVICES or bool(NODE_COMM.match(known.process.comm))
+            for known in self._known.values() if known.cgroup in node_cgroups
         )
         members: dict[str, list[Known]] = {service: [] for service in self._services}
-        for known in ours:
-            if not known.identity.by_unit or (known.identity.service, known.cgroup) not in own:
-                members[str(known.identity.service)].append(known)
+        for service, known in ours:
+            if known.identity.proof != "unit" or (service, known.cgroup) not in named:
+                members[service].append(known)
         return members
 
     # - what they use
@@ -2721,7 +2699,7 @@ class ProcessTable:
             if growth := grown.get(key):
                 used += growth[1][0] / growth[0] if growth[0] > 0 else 0
             elif key not in grown and age_s(process) < seconds:
-                used += process.cpu_ticks / seconds  # all of it since the last reading
+                used += process.cpu_ticks / seconds  # it has started since the last reading
         is_stopped = main.is_dead or main.state in "Tt"
         return {
             "status": "stopped" if is_stopped else "running",
@@ -2732,38 +2710,36 @@ class ProcessTable:
         }
 
     def _memory_kib(self, its: list[Known]) -> int:
-        """Return what the processes hold, with the pages that they share counted once.
+        """Return the memory of a service; pages that its processes share count once.
 
-        The sum of PSS would be it, but needs privileges. What their cgroup accounts for comes
-        near it; where they have none of their own, the sum of the anonymous pages and the
-        largest share of file and shared ones does.
+        This is near the sum of PSS, which needs privileges: what the service's own cgroups
+        account for, or else an estimate from what the processes hold.
         """
-        held: dict[int, tuple[int, int]] = {}  # pid -> anonymous, shared
+        held: dict[int, tuple[int, int]] = {}  # pid -> anonymous KiB, KiB of files and shared
         for known in its:
             with contextlib.suppress(*ENDED):
                 held[known.process.pid] = parse_statm(read_bytes(self._file(known, "statm")))
-        anon_max = max((anon for anon, _ in held.values()), default=0)
-        shared_max = max((shared for _, shared in held.values()), default=0)
+        largest_anon, largest_shared = (
+            max((sizes[column] for sizes in held.values()), default=0) for column in (0, 1)
+        )
+        program = max(0, largest_shared - COMMON_LIBRARIES_KIB)
         is_node = its[0].identity.service in NODE_SERVICES
-        share = len(its) / self._node_processes if is_node else 1.0
-        program = int(max(0, shared_max - COMMON_LIBRARIES_KIB) * share)
-        cgroups = {known.cgroup for known in its}
-        accounts = [self._cgroup_kib(cgroup, held.keys()) for cgroup in cgroups]
+        if is_node:  # services that run on Node share its program
+            program = program * len(its) // self._node_processes
+        accounts = [self._cgroup_kib(cgroup, held.keys()) for cgroup in {k.cgroup for k in its}]
         own = [account for account in accounts if account]
-        anon = sum(kib for kib, _ in own)
-        # Pages stay with the cgroup that they were first charged to: one that does not even
-        # hold the largest process' own pages is not where this service's memory is, ...
-        if len(own) < len(accounts) or anon < 0.9 * anon_max:
-            parents = {k.process.pid: k.process.ppid for k in its if not is_node}
-            # A child that a native server forks has its parent's pages; Node starts programs.
-            common = {pid: held[ppid][0] for pid, ppid in parents.items() if ppid in held}
-            return program + sum(max(0, kib - common.get(pid, 0)) for pid, (kib, _) in held.items())
-        # ... and that of a service that was started again lacks its program (40 MiB of Node),
-        # read by the run before or by another service. What they map tells it.
-        return anon + max(program, sum(kib for _, kib in own))
+        anon, mapped = sum(kib for kib, _ in own), sum(kib for _, kib in own)
+        # A process that was moved into its cgroup left its pages with the one before.
+        if len(own) == len(accounts) and anon >= 0.9 * largest_anon:
+            # The program is often accounted for elsewhere: where it was read first.
+            return anon + max(program, mapped)
+        # A child that a native server forks shares its parent's pages. Node starts programs.
+        parents = {k.process.pid: k.process.ppid for k in its if not is_node}
+        common = {pid: held[ppid][0] for pid, ppid in parents.items() if ppid in held}
+        return program + sum(max(0, kib - common.get(pid, 0)) for pid, (kib, _) in held.items())
 
     def _file(self, known: Known, name: str) -> str:
-        """Return the path of a file below /proc/PID; of another thread if the main one ended."""
+        """Return the path of a file of /proc/PID; of another thread if the main one ended."""
         folder = f"{self._proc}/{known.process.pid}"
         if known.process.state == "Z" and not known.process.is_dead:
             with contextlib.suppress(OSError):
@@ -2771,12 +2747,12 @@ class ProcessTable:
         return f"{folder}/{name}"
 
     def _cgroup_kib(self, cgroup: str, pids: Set[int]) -> tuple[int, int] | None:
-        """Return (anonymous, mapped) KiB of a cgroup, None if it is not these pids' alone."""
+        """Return (anonymous, mapped) KiB of a cgroup, None if it holds more than these pids."""
         try:
             folder, keys = memory_cgroup(cgroup, self._cgroup_root)
             with os.scandir(folder) as entries:
                 if any(entry.is_dir() for entry in entries):
-                    return None  # first: in the root's, all processes would be listed
+                    return None  # it has cgroups below it, as the root has
             inside = set(map(int, read_bytes(f"{folder}/cgroup.procs").split()))
             if not inside or not inside <= pids:
                 return None
@@ -2787,30 +2763,50 @@ class ProcessTable:
             return None
 
 
-# What a process maps of libc, OpenSSL and the like, which other programs map too.
-COMMON_LIBRARIES_KIB = 6 * 1024
-CMDLINE_LIMIT_BYTES = 4096
-
-
 def memory_cgroup(cgroup: str, root: str) -> tuple[str, tuple[bytes, bytes]]:
     """Return the folder of a process' memory cgroup, and what to add up in its memory.stat.
 
-    cgroup is the text of /proc/PID/cgroup (cgroups(7)). The page cache is not in these keys:
-    it is the machine's, and goes when memory is needed.
+    cgroup: the text of /proc/PID/cgroup (cgroups(7)). The page cache is not added: it belongs
+    to the machine. Raises LookupError if there is no such cgroup.
     """
-    paths = {}
-    for line in filter(None, cgroup.split("\n")):
-        _, controllers, path = line.split(":", 2)
-        paths.update(dict.fromkeys(controllers.split(","), path))
-    if "memory" in paths:  # v1, or the hybrid of both
+    paths = dict(re.findall(r"^\d+:(.*?):(.*)$", cgroup, re.MULTILINE))
+    if "memory" in paths:  # v1, or v1 and v2 side by side
         return f"{root}/memory{paths['memory']}", (b"total_rss", b"total_mapped_file")
-    return f"{root}{paths.get('', '/..')}", (b"anon", b"file_mapped")
+    return f"{root}{paths['']}", (b"anon", b"file_mapped")
 
 
 # --- services ----------------------------------------------------------------------------
 
-SERVICES = ("zonemta", "wildduck", "haraka", "rspamd", "redis", "mongodb")
-NODE_SERVICES = ("zonemta", "wildduck", "haraka")  # their processes share Node's program
+
+class Service(NamedTuple):
+    """What NODE_ROLE=auto makes of a service that runs on this node."""
+
+    role: str
+    ports: tuple[int, ...]  # to check
+
+
+# The role of a node is that of the first of its services, in this order.
+SERVICES = {
+    "zonemta": Service("zonemta-outbound", (587, 12080)),
+    "wildduck": Service("wildduck", (993, 995)),
+    "haraka": Service("haraka", (25,)),
+    "rspamd": Service("rspamd", (11334,)),
+    "mongodb": Service("mongodb", (27017,)),
+    "redis": Service("redis", (6379,)),
+}
+NODE_SERVICES = ("zonemta", "wildduck", "haraka")  # they run on Node
+
+
+class Identity(NamedTuple):
+    """The service that a process belongs to, None for none, and what tells so."""
+
+    service: str | None
+    # "name": its title, program or script; "child": a script that only the service's main
+    # process starts; "unit": its systemd unit alone
+    proof: str = "name"
+
+
+NOBODY = Identity(None)
 
 # Native servers keep the name of their program: comm -> service.
 SERVICE_COMMS = {
@@ -2819,51 +2815,49 @@ SERVICE_COMMS = {
     "valkey-server": "redis",
     "mongod": "mongodb",
 }
-# A binary with a version behind its name, as it shows in the title; comm has 15 bytes of it.
+# A program with a version in its name. The title shows the whole name, comm 15 bytes of it.
 RENAMED_REDIS = re.compile(r"(?:.*/)?((?:redis|valkey)-server[-.\d]+)(?: .*)?")
-# Not a server, whatever its comm: redis-sentinel is redis' own program, but stores nothing.
+# Arguments or titles of what is no server, whatever its comm. Sentinel is redis' own program.
 NOT_THE_SERVER = re.compile(
     r".*\[sentinel\].*|--sentinel|--test-memory|--check-system|--config-test|-t|--shutdown"
 )
 
-# Node's services set process.title: cmdline is one string, cut to what the original arguments
-# had room for, and comm is its first 15 bytes (uv_set_process_title). Pattern -> service.
+# Services on Node set a title. It replaces the command line, is cut to the room of the original
+# arguments, and its first 15 bytes are the comm (uv_set_process_title). Pattern -> service.
 SERVICE_TITLES = (
     (re.compile(r"wilddu(c|ck|ck [mw]\w{0,5})?"), "wildduck"),
     (re.compile(r"zone-m(t|ta|ta: .*)?"), "zonemta"),
     (re.compile(r"Haraka (\(|cn=).*"), "haraka"),
 )
-# Without a title, the script tells. Pattern of the path -> service.
-ZONEMTA_CHILD = re.compile(r"(.*/)?services/(receiver|sender)\.js")
+# Without a title of theirs, the path of the script tells.
 SERVICE_SCRIPTS = (
-    (re.compile(r"(.*/)?wildduck(/(server|worker)(\.js)?)?"), "wildduck"),
-    (re.compile(r"(.*/)?zone-?mta(/((app|index)(\.js)?|services/(receiver|sender)\.js))?"),
-     "zonemta"),
-    (re.compile(r"(.*/)?(\.?bin/haraka|Haraka(/haraka(\.js)?)?|haraka/haraka(\.js)?)"), "haraka"),
+    (re.compile(r"(.*/)?wildduck(/(server|worker)(\.js)?)?"), Identity("wildduck")),
+    (re.compile(r"(.*/)?zone-?mta(/(app|index)(\.js)?)?"), Identity("zonemta")),
+    (re.compile(r"(.*/)?zone-?mta/services/(receiver|sender)\.js"), Identity("zonemta", "child")),
+    (re.compile(r"(.*/)?(\.?bin/haraka|Haraka(/haraka(\.js)?)?|haraka/haraka(\.js)?)"),
+     Identity("haraka")),
 )
-# Without either, the systemd unit does: for a title of the administrator's own, which is padded
-# with NULs or has a colon, and for a script whose name says nothing. Name -> service.
+# Else the systemd unit tells, if the title may be one that the administrator chose (it is padded
+# with NULs or ends with a colon), or if the name of the script is a common one.
 SERVICE_UNITS = {"wildduck": "wildduck", "zone-mta": "zonemta", "zonemta": "zonemta",
                  "haraka": "haraka"}
 UNIT = re.compile(r"/([^/@\n]+)(@[^/\n]*)?\.service(?=/|$)", re.MULTILINE)
 OWN_TITLE = re.compile(r"[^:]+:( .*)?")
 UNIT_SCRIPT = re.compile(r"(?!.*node_modules/)(.*/)?(server|worker|index|app|haraka)(\.js)?|\.")
 
-NODE_COMM = re.compile(  # of Node, from version 22 on (node-)MainThread, and of its tools
-    r"(node(js)?|(node-)?MainThread)$|node |(npm|npx|pnpm|yarn|PM2|pm2|nodemon|forever)\b"
-)
-NODE_TOOLS = re.compile(
-    r"(npm|npx|pnpm|yarn|corepack|PM2|pm2|nodemon|forever|concurrently|cross-env|dotenv)\b.*"
-)
+# Titles of tools that run on Node, and start or watch other processes.
+NODE_TOOLS = r"(npm|npx|pnpm|yarn|corepack|PM2|pm2|nodemon|forever|concurrently|cross-env|dotenv)\b"
+NODE_TOOL = re.compile(rf"{NODE_TOOLS}.*")
+NODE_COMM = re.compile(rf"(node(js)?|(node-)?MainThread)$|node |{NODE_TOOLS}")
 NODE_OPTIONS_WITH_VALUE = frozenset(
     "-r --require --import --loader --experimental-loader -C --conditions --title --input-type "
     "--env-file --env-file-if-exists --icu-data-dir --openssl-config --redirect-warnings "
     "--diagnostic-dir --inspect-port --debug-port --disable-warning --unhandled-rejections "
     "--dns-result-order --max-http-header-size --tls-cipher-list --tls-keylog".split()
 )
-# With these, Node runs no script, or watches another process that does.
+# With these options Node runs no script, or starts another process that does.
 NODE_NOT_SERVING = re.compile(r"-[a-z]*[epc]|--(eval|print|check|test|run|watch).*")
-# What makes `haraka` or `zone-mta` do something else than serve.
+# With these arguments `haraka` and `zone-mta` do not serve.
 NOT_SERVING = frozenset(
     "-h --help -v --version -l --list -i --install -p --plugin -o --order -t --test "
     "--qlist --qstat --qempty --qunstick create".split()
@@ -2873,18 +2867,19 @@ NOT_SERVING = frozenset(
 def classify(
     comm: str, cmdline: bytes, *, cgroup: str = "", state: str = "S"
 ) -> str | None:
-    """Return the service that a process belongs to, or None, by what every user can read.
+    """Return the service that a process belongs to, None for none.
 
-    cmdline holds the raw bytes of /proc/PID/cmdline, cgroup the text of /proc/PID/cgroup. A
-    zombie has no cmdline: its comm decides.
+    cmdline: the bytes of /proc/PID/cmdline, which a zombie does not have. cgroup: the text of
+    /proc/PID/cgroup. Every user can read all of these.
     """
     return identify(comm, b"" if state == "Z" else cmdline, cgroup).service
 
 
 def identify(comm: str, cmdline: bytes, cgroup: str = "") -> Identity:
+    """Return the service that a process belongs to; by comm alone if cmdline is empty."""
     raw = cmdline.decode("utf-8", "replace")
     args = raw.rstrip("\0").split("\0")
-    if args == [""]:  # it has ended, or cannot be read: the name is all there is
+    if args == [""]:
         args = [comm]
     if service := native_service(comm, args[0]):
         is_other = is_script(comm, args) or any(NOT_THE_SERVER.fullmatch(arg) for arg in args)
@@ -2892,26 +2887,26 @@ def identify(comm: str, cmdline: bytes, cgroup: str = "") -> Identity:
     unit = next(iter(unit_services(cgroup)), None)
     if len(args) == 1 and args[0][:15].rstrip() == comm.rstrip():
         title = args[0]
-        if NODE_TOOLS.fullmatch(title):
+        if NODE_TOOL.fullmatch(title):
             return NOBODY
         if service := first_match(SERVICE_TITLES, title):
             return Identity(service)
         if not title.startswith("node "):
-            is_title = raw.endswith("\0\0") or OWN_TITLE.fullmatch(title)
-            return Identity(unit, by_unit=True) if unit and is_title else NOBODY
+            is_chosen = raw.endswith("\0\0") or OWN_TITLE.fullmatch(title)
+            return Identity(unit, "unit") if unit and is_chosen else NOBODY
         args = title.split(" ")  # PM2 writes the command line into the title
     elif not NODE_COMM.match(comm):
         return NOBODY
     script, arguments = script_of(args)
-    service = first_match(SERVICE_SCRIPTS, os.path.normpath(script)) if script else None
-    if service and not NOT_SERVING.intersection(arguments):
-        return Identity(service, is_child=ZONEMTA_CHILD.fullmatch(script) is not None)
-    is_in_unit = unit and not service and UNIT_SCRIPT.fullmatch(script)
-    return Identity(unit, by_unit=True) if is_in_unit else NOBODY
+    named = first_match(SERVICE_SCRIPTS, os.path.normpath(script)) if script else None
+    if named and not NOT_SERVING.intersection(arguments):
+        return named
+    is_in_unit = unit and not named and UNIT_SCRIPT.fullmatch(script)
+    return Identity(unit, "unit") if is_in_unit else NOBODY
 
 
 def candidates_of(comm: str, cgroup: str) -> tuple[str, ...]:
-    """Return the services whose process this may be: whether its command line is worth reading."""
+    """Return the services that a process may belong to. If none, its cmdline is not read."""
     named = native_service(comm, comm) or first_match(SERVICE_TITLES, comm)
     if named:
         return (named,)
@@ -2925,7 +2920,7 @@ def native_service(comm: str, program: str) -> str | None:
 
 
 def is_script(comm: str, args: list[str]) -> bool:
-    """Tell whether comm is the name of a script: its interpreter is the first argument then."""
+    """Tell whether comm is the name of a script: the first argument is its interpreter then."""
     names = [os.path.basename(arg)[:15] for arg in args]
     return names[0] != comm and comm in names[1:]
 
@@ -2935,12 +2930,12 @@ def unit_services(cgroup: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys(filter(None, found)))
 
 
-def first_match(table: Iterable[tuple[re.Pattern[str], str]], text: str) -> str | None:
-    return next((service for pattern, service in table if pattern.fullmatch(text)), None)
+def first_match(table: Iterable[tuple[re.Pattern[str], T]], text: str) -> T | None:
+    return next((found for pattern, found in table if pattern.fullmatch(text)), None)
 
 
 def script_of(args: list[str]) -> tuple[str, list[str]]:
-    """Return the script of a Node command line, "" if it runs none itself; and its arguments."""
+    """Return the script of a Node command line and its arguments; "" if Node runs none itself."""
     rest = iter(args[1:])
     for arg in rest:
         if not arg.startswith("-"):
@@ -2962,8 +2957,17 @@ TCPDIAG_GETSOCK = 18  # the legacy request: one dump holds both address families
 NLM_F_REQUEST_DUMP = 0x301
 NLMSG_ERROR, NLMSG_DONE = 2, 3
 TCP_ESTABLISHED, TCP_FIN_WAIT2, TCP_TIME_WAIT, TCP_CLOSE_WAIT, TCP_LISTEN = 1, 5, 6, 8, 10
-TIMEWAIT_TIMER = 3  # idiag_timer of a socket that only waits to be forgotten
+TIMEWAIT_TIMER = 3  # idiag_timer of what is left of a socket that is closed
+INET_DIAG_SKV6ONLY = 11
 NETLINK_LIMIT_S = 3.0
+
+
+def netlink_parts(data: memoryview, head: str) -> Iterator[tuple[int, memoryview]]:
+    """Yield (kind, part with its head) of messages or attributes; head: struct of length, kind."""
+    while len(data) >= struct.calcsize(head):
+        length, kind = struct.unpack_from(head, data)
+        yield kind, data[:length]
+        data = data[(length + 3) & ~3 or len(data) :]
 
 
 def dump_tcp(*states: int) -> Iterator[memoryview]:
@@ -2977,22 +2981,19 @@ def dump_tcp(*states: int) -> Iterator[memoryview]:
         sock.settimeout(NETLINK_LIMIT_S)
         sock.send(request)
         while True:
-            data = memoryview(sock.recv(256 * 1024))
-            while len(data) >= 16:
-                length, kind = struct.unpack_from("=IH", data)
+            for kind, message in netlink_parts(memoryview(sock.recv(256 * 1024)), "=IH"):
                 if kind == NLMSG_DONE:
                     return
                 if kind == NLMSG_ERROR:
-                    code = -struct.unpack_from("=i", data, 16)[0]
+                    code = -struct.unpack_from("=i", message, 16)[0]
                     raise OSError(code, os.strerror(code))
-                yield data[16:length]
-                data = data[(length + 3) & ~3 or len(data) :]
+                yield message[16:]
 
 
 def tcp_rows(proc: str) -> Iterator[tuple[int, bytes, bytes]]:
     """Yield (state, local address, accept queue) of each row of /proc/net/tcp and tcp6.
 
-    For kernels without sock_diag: it costs time for each socket that there is.
+    For kernels without sock_diag. It takes time for each socket of the machine.
     """
     for name in ("tcp", "tcp6"):
         if name == "tcp6" and not os.path.exists(f"{proc}/net/tcp6"):
@@ -3009,32 +3010,31 @@ class TcpCensus(NamedTuple):
 
     established: int
     close_wait: int
-    fin_wait2_forgotten: int  # FIN_WAIT2 whose socket is gone already: sockstat's `tw` has them
+    fin_wait2_closed: int  # FIN_WAIT2 that no process holds; sockstat counts them as `tw`
 
 
 def count_tcp(*states: int) -> TcpCensus:
     """Count the sockets in these of the census' states; the others are 0."""
-    established = close_wait = forgotten = 0
+    established = close_wait = closed = 0
     for message in dump_tcp(*states):
         established += message[1] == TCP_ESTABLISHED  # idiag_state
         close_wait += message[1] == TCP_CLOSE_WAIT
-        forgotten += message[1] == TCP_FIN_WAIT2 and message[2] == TIMEWAIT_TIMER  # idiag_timer
-    return TcpCensus(established, close_wait, forgotten)
+        closed += message[1] == TCP_FIN_WAIT2 and message[2] == TIMEWAIT_TIMER  # idiag_timer
+    return TcpCensus(established, close_wait, closed)
 
 
 class TcpCounter:
-    """Counts TCP connections as ss(8) does, without walking the established ones.
+    """Counts TCP connections as ss(8) does, without a walk over the established ones.
 
-    CurrEstab holds ESTABLISHED plus CLOSE_WAIT on today's kernels and ESTABLISHED alone on
-    those before mid-2024. Which it is shows when there is a CLOSE_WAIT to tell by; until
-    then the two agree.
+    Kernels since mid-2024 count CLOSE_WAIT in CurrEstab, older ones do not. The first sample
+    with a connection in CLOSE_WAIT tells which: it counts the established ones as well.
     """
 
     def __init__(self, proc: str, missing: Missing, count: Callable[..., TcpCensus]) -> None:
         self._proc = proc
         self._missing = missing
         self._count = count
-        self._includes_close_wait: bool | None = None
+        self._includes_close_wait: bool | None = None  # None: not known yet
 
     def read(self) -> dict[str, Any]:
         try:
@@ -3045,8 +3045,8 @@ class TcpCounter:
             "tcp_established": census.established, "tcp_close_wait": census.close_wait,
         }
         try:
-            waiting = parse_time_wait(read_bytes(f"{self._proc}/net/sockstat"))
-            counts["tcp_time_wait"] = max(0, waiting - census.fin_wait2_forgotten)
+            time_wait = parse_time_wait(read_bytes(f"{self._proc}/net/sockstat"))
+            counts["tcp_time_wait"] = max(0, time_wait - census.fin_wait2_closed)
         except READ_ERRORS as error:
             self._missing("tcp_time_wait", _reason(error))
         return counts
@@ -3064,32 +3064,27 @@ class TcpCounter:
         close_wait = census.close_wait
         if close_wait and self._includes_close_wait is None:
             again = self._count(TCP_ESTABLISHED, TCP_CLOSE_WAIT)
-            quiet = curr_estab == self._curr_estab() and close_wait == again.close_wait
-            if quiet and curr_estab - again.established in (0, close_wait):
+            is_quiet = curr_estab == self._curr_estab() and close_wait == again.close_wait
+            if is_quiet and curr_estab - again.established in (0, close_wait):
                 self._includes_close_wait = curr_estab != again.established
             return census._replace(established=again.established)
         included = close_wait if self._includes_close_wait else 0
         return census._replace(established=max(0, curr_estab - included))
 
     def _curr_estab(self) -> int:
-        return parse_curr_estab(read_bytes(f"{self._proc}/net/snmp"))
+        return parse_mib(read_bytes(f"{self._proc}/net/snmp"), b"Tcp:", b"CurrEstab")
 
 
 def parse_time_wait(sockstat: bytes) -> int:
-    """Return `tw` of /proc/net/sockstat: TIME_WAIT and forgotten FIN_WAIT2, both families."""
+    """Return `tw` of /proc/net/sockstat: TIME_WAIT and closed FIN_WAIT2, of both families."""
     found = re.search(rb"^TCP:.*\btw (\d+)", sockstat, re.MULTILINE)
     if not found:
         raise ValueError("no TCP line in /proc/net/sockstat")
     return int(found[1])
 
 
-def parse_curr_estab(snmp: bytes) -> int:
-    """Return CurrEstab of /proc/net/snmp, which counts both address families."""
-    return parse_mib(snmp, b"Tcp:", b"CurrEstab")
-
-
 def parse_mib(data: bytes, table: bytes, name: bytes) -> int:
-    """Return a value of /proc/net/snmp or netstat: a line of names, and one of values below it."""
+    """Return a value of /proc/net/snmp or netstat: a line of names, then a line of values."""
     names, values = (line.split() for line in data.splitlines() if line.startswith(table))
     return int(values[names.index(name)])
 
@@ -3104,33 +3099,29 @@ def check_by_connect(
 ) -> dict[int, bool]:
     """Connect to all ports at once and send nothing; return port -> whether it accepted.
 
-    Raises OSError when this machine has no socket or local port to try with.
+    Raises OSError if this machine has no socket or local port left to try with.
     """
     result = dict.fromkeys(ports, False)
     waiting: dict[int, tuple[int, socket.socket]] = {}
     poll = select.poll()
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     deadline = time.monotonic() + limit_s
-    try:
+    with contextlib.ExitStack() as stack:
         for port in result:
             sock = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
-            waiting[sock.fileno()] = (port, sock)
+            stack.enter_context(sock)
             code = sock.connect_ex((host, port))
             if code in (errno.EADDRNOTAVAIL, errno.ENOBUFS, errno.ENOMEM, errno.EAGAIN):
                 raise OSError(code, os.strerror(code))
             if code in (0, errno.EINPROGRESS):
+                waiting[sock.fileno()] = port, sock
                 poll.register(sock, select.POLLOUT)
-            else:
-                waiting.pop(sock.fileno())[1].close()
         while waiting and (left := deadline - time.monotonic()) > 0:
             for fd, _ in poll.poll(math.ceil(left * 1000)):
                 poll.unregister(fd)
                 port, sock = waiting.pop(fd)
                 with sock:
                     result[port] = _is_connected(sock)
-    finally:
-        for _, sock in waiting.values():
-            sock.close()
     return result
 
 
@@ -3148,7 +3139,7 @@ class Listener(NamedTuple):
     address: bytes  # in network byte order, 4 or 16 bytes
     port: int
     queued: int  # connections that the daemon has not accepted
-    limit: float  # how many there may be; inf where the kernel does not say
+    limit: float  # of the queue; inf if the kernel does not tell
     is_v6only: bool = False
 
     def serves(self, wanted: bytes) -> bool:
@@ -3159,7 +3150,6 @@ class Listener(NamedTuple):
 
 
 IPV4_MAPPED = bytes(10) + b"\xff\xff"
-INET_DIAG_SKV6ONLY = 11  # linux/inet_diag.h
 
 
 def listeners(proc: str) -> list[Listener]:
@@ -3174,17 +3164,12 @@ def listeners(proc: str) -> list[Listener]:
 
 
 def parse_listener(message: memoryview) -> Listener:
-    # struct inet_diag_msg: family, .., id.sport (big endian) at 4, id.src at 8,
-    # rqueue (the accept queue) at 56, wqueue (its limit) at 60, attributes from 72
+    """Parse a struct inet_diag_msg and its attributes, which begin at 72."""
     size = 4 if message[0] == socket.AF_INET else 16
     port = struct.unpack_from("!H", message, 4)[0]
-    queued, limit = struct.unpack_from("=II", message, 56)
-    is_v6only, attributes = False, message[72:]
-    while len(attributes) >= 4:
-        length, kind = struct.unpack_from("=HH", attributes)
-        if kind == INET_DIAG_SKV6ONLY:
-            is_v6only = bool(attributes[4])
-        attributes = attributes[(length + 3) & ~3 or len(attributes) :]
+    queued, limit = struct.unpack_from("=II", message, 56)  # idiag_rqueue, idiag_wqueue
+    is_v6only = any(kind == INET_DIAG_SKV6ONLY and part[4]
+                    for kind, part in netlink_parts(message[72:], "=HH"))
     return Listener(bytes(message[8 : 8 + size]), port, queued, limit, is_v6only)
 
 
@@ -3195,13 +3180,15 @@ def _address(local: bytes) -> bytes:
 
 
 def check_by_listener(host: str, ports: Iterable[int], proc: str = "/proc") -> dict[int, bool]:
-    """Ask the kernel for listeners that serve this address; a full accept queue counts as down."""
+    """Return port -> whether a listener serves this address and its queue is not over full."""
     wanted = socket.inet_pton(socket.AF_INET6 if ":" in host else socket.AF_INET, host)
     up = {one.port for one in listeners(proc) if one.queued <= one.limit and one.serves(wanted)}
     return {port: port in up for port in ports}
 
 
-PORT_CHECKS: dict[str, PortCheck] = {"connect": check_by_connect, "listen": check_by_listener}
+PORT_CHECKS: dict[str, Callable[[str, Iterable[int]], dict[int, bool]]] = {
+    "connect": check_by_connect, "listen": check_by_listener,
+}
 
 
 def accept_queues(ports: Iterable[int], proc: str = "/proc") -> dict[int, int]:
@@ -3214,49 +3201,34 @@ def accept_queues(ports: Iterable[int], proc: str = "/proc") -> dict[int, int]:
 
 # --- what runs here ----------------------------------------------------------------------
 
-# In the order in which `auto` takes a node's role from them: service -> role.
-SERVICE_ROLES = {
-    "zonemta": "zonemta-outbound", "wildduck": "wildduck", "haraka": "haraka",
-    "rspamd": "rspamd", "mongodb": "mongodb", "redis": "redis",
-}
-
-# The ports that matter on a node: by its role, else by the services on it.
 MAIL_PORTS = (25, 587, 993, 995, 12080, 11334)
-ROLE_PORTS = {
-    "wildduck": MAIL_PORTS,
-    "zonemta-outbound": (587, 12080),
-    "zonemta-local": (587, 12080),
-    "haraka": (25,),
-    "rspamd": (11334,),
-    "redis": (6379,),
-    "mongodb": (27017,),
-    "unknown": MAIL_PORTS,
-}
-SERVICE_PORTS = {
-    "zonemta": (587, 12080), "haraka": (25,), "rspamd": (11334,), "redis": (6379,),
-    "mongodb": (27017,), "wildduck": (993, 995),
+ROLE_PORTS = {service.role: service.ports for service in SERVICES.values()} | {
+    "zonemta-local": SERVICES["zonemta"].ports, "wildduck": MAIL_PORTS, "unknown": MAIL_PORTS,
 }
 
 
 def ports_of(role: str, services: Iterable[str]) -> tuple[int, ...]:
-    """Return the ports to check: of a role, else of the service whose name it begins with,
-    else of the services on the node."""
+    """Return the ports to check.
+
+    They are those of the role, or of the service whose name the role begins with, or of the
+    services that were seen on the node, or MAIL_PORTS.
+    """
     if role in ROLE_PORTS:
         return ROLE_PORTS[role]
-    named = [name for name in SERVICE_PORTS if role.lower().startswith(name)]
-    ports = [port for name in named or services for port in SERVICE_PORTS.get(name, ())]
+    named = [name for name in SERVICES if role.lower().startswith(name)]
+    ports = [port for name in named or services for port in SERVICES[name].ports]
     return tuple(dict.fromkeys(ports)) or MAIL_PORTS
 
 
 class ServicesSeen:
-    """The services that count as seen on this node, by what ran in the samples.
+    """The services that count as seen on this node.
 
-    A service counts as seen once it has run for 10 minutes (in the agent's first 10 minutes:
-    for three samples in a row), and no longer once it has been absent for 7 days. A process
-    that lives for a moment, under whatever name, changes nothing.
+    A service counts as seen once it has run for 10 minutes, or for three samples in a row in the
+    agent's first 10 minutes; until it has been absent for 7 days. A process that runs for a
+    moment, whatever its name, changes nothing.
 
     The file `services` holds {service: seconds of absence}. It is written when the services
-    change, and once an hour while one of them is absent.
+    change, and every hour while one of them is absent.
     """
 
     SETTLED_S, SETTLED_SAMPLES, GONE_S = 600.0, 3, 7 * 86400.0
@@ -3270,29 +3242,30 @@ class ServicesSeen:
         self._folder = folder
         self._clock = clock
         self._at_once = at_once
-        self._started = self._updated = self._saved = clock()
-        self._running: dict[str, tuple[float, int]] = {}  # since when, in how many samples
-        self._absent: dict[str, float] = {}  # of each service that counts as seen; seconds
-        self._is_loaded, self._is_unsaved = not folder, False
+        self._started = self._updated = self._saved_at = clock()
+        self._running: dict[str, tuple[float, int]] = {}  # since when, and in how many samples
+        self._absent: dict[str, float] = {}  # those that count as seen -> seconds of absence
+        self._saved: set[str] = set()  # those in the file, as far as this run has written it
+        self._is_loaded = not folder
         self._problems = Problems()
         self._worker = Worker(HANG_LIMIT_S, self._problems)
 
     def role(self) -> str:
-        """Return the role that `auto` gives; "unknown" while no service counts as seen."""
-        return next((SERVICE_ROLES[s] for s in SERVICE_ROLES if s in self._absent), "unknown")
+        """Return the role that NODE_ROLE=auto gives; "unknown" if no service counts as seen."""
+        return next((SERVICES[service].role for service in self.services()), "unknown")
 
     def services(self) -> list[str]:
-        return [service for service in SERVICE_ROLES if service in self._absent]
+        return [service for service in SERVICES if service in self._absent]
 
     def update(self, running: Mapping[str, bool]) -> None:
-        """Note which services run in this sample; of one that is missing nothing is known."""
+        """Note whether services run in this sample; those that are not named are not known."""
         if self._at_once:
             self._absent = {service: 0.0 for service, runs in running.items() if runs}
             return
         self._load()
-        now, before = self._clock(), set(self._absent)
+        now = self._clock()
         passed, self._updated = now - self._updated, now
-        for service in SERVICE_ROLES.keys() & running.keys():
+        for service in SERVICES.keys() & running.keys():
             if running[service]:
                 since, samples = self._running.get(service, (now, 0))
                 self._running[service] = since, samples + 1
@@ -3300,14 +3273,11 @@ class ServicesSeen:
                     self._absent[service] = 0.0
                 continue
             self._running.pop(service, None)
-            if self._absent.get(service, -passed) + passed > self.GONE_S:
-                del self._absent[service]
-            elif service in self._absent:
+            if service in self._absent:
                 self._absent[service] += passed
-        self._is_unsaved |= before != set(self._absent)
-        is_late = any(self._absent.values()) and now - self._saved >= self.SAVE_EVERY_S
-        if self._is_loaded and self._folder and (self._is_unsaved or is_late):
-            self._save(now)
+                if self._absent[service] > self.GONE_S:
+                    del self._absent[service]
+        self._save(now)
 
     def _is_settled(self, now: float, since: float, samples: int) -> bool:
         if now - self._started < self.SETTLED_S:
@@ -3315,57 +3285,61 @@ class ServicesSeen:
         return now - since >= self.SETTLED_S
 
     def _load(self) -> None:
-        calls = {} if self._is_loaded else {"reading the services of the last run": self._read}
-        for answer in self._worker.run(calls).values():
-            if isinstance(answer, Exception):  # a disk that cannot be read now may be later
-                self._problems.begin("read", "cannot read what ran here before", _reason(answer))
-                continue
-            self._problems.end("read", "what ran here before could be read")
-            self._is_loaded = True
-            self._absent = {**answer, **self._absent}
+        if not self._is_loaded:
+            saved = self._try("reading the list of services", self._read)
+            if saved is not None:
+                self._is_loaded = True
+                self._absent = {**saved, **self._absent}
 
     def _read(self) -> dict[str, float]:
         try:
             saved = json.loads(read_bytes(f"{self._folder}/services", 4096))
-            return {s: float(saved[s]) for s in SERVICE_ROLES if 0 <= saved.get(s, -1) < math.inf}
+            return {s: float(saved[s]) for s in SERVICES if 0 <= saved.get(s, -1) < math.inf}
         except FileNotFoundError:
             pass
         except (ValueError, TypeError, AttributeError, RecursionError):
-            return {}  # damaged: what runs will be seen again
-        with contextlib.suppress(FileNotFoundError):  # version 1.0.0 had the role alone
+            return {}  # it is damaged: the services will be seen again
+        with contextlib.suppress(FileNotFoundError):  # version 1.0.0 saved the role alone
             role = read_bytes(f"{self._folder}/role", 100).decode("utf-8", "replace").strip()
-            self._is_unsaved = True
-            return {service: 0.0 for service, its in SERVICE_ROLES.items() if its == role}
+            return {name: 0.0 for name, service in SERVICES.items() if service.role == role}
         return {}
 
     def _save(self, now: float) -> None:
-        text = json.dumps({service: round(s) for service, s in self._absent.items()})
-        name = "writing which services run here"
-        answer = self._worker.run({name: functools.partial(self._write, text)}).get(name, self)
-        self._is_unsaved = answer is not None
-        if isinstance(answer, Exception):
-            self._problems.begin("write", "cannot remember which services run here",
-                                 _reason(answer))
-        elif answer is None:
-            self._saved = now
-            self._problems.end("write", "which services run here is remembered again")
+        is_late = any(self._absent.values()) and now - self._saved_at >= self.SAVE_EVERY_S
+        is_due = is_late or self._saved != self._absent.keys()
+        if self._folder and self._is_loaded and is_due:
+            text = json.dumps({service: round(s) for service, s in self._absent.items()})
+            write = functools.partial(self._write, text)
+            if self._try("writing the list of services", write):
+                self._saved, self._saved_at = set(self._absent), now
 
-    def _write(self, text: str) -> None:
+    def _write(self, text: str) -> bool:
         path = f"{self._folder}/services"
         with open(f"{path}.new", "w") as stream:
             stream.write(text)
         os.replace(f"{path}.new", path)
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(f"{self._folder}/role")
+        _unlink(f"{self._folder}/role")
+        return True
+
+    def _try(self, name: str, call: Callable[[], T]) -> T | None:
+        """Make a call that may hang; log why if it fails, and return None."""
+        try:
+            result = in_time(self._worker, name, call)()
+        except OSError as error:
+            if name not in self._worker.hanging():  # the worker has logged that
+                self._problems.begin("file", f"{name} failed", _reason(error))
+            return None
+        self._problems.end("file", f"{name} works again")
+        return result
 
 
 # --- ZoneMTA's own figures ---------------------------------------------------------------
 
-DAEMON_LIMIT_S = 2.0  # for asking local daemons
+DAEMON_LIMIT_S = 2.0  # for a request to a local daemon
 ZONEMTA_ANSWER_BYTES = 256 * 1024
 
-# A figure of ours -> the metric of ZoneMTA's and the label to sum up, over all zones. What a
-# sender gives up for good is "rejected"; "bounced" is what went back to the author of a mail.
+# Our figure -> ZoneMTA's metric and the label to sum up, over all zones. "rejected" is what a
+# sender gives up for good, "bounced" what was returned to the author of a mail.
 ZONEMTA_FIGURES = {
     "queued": ("queue_size", "queued"),
     "deferred": ("queue_size", "deferred"),
@@ -3380,13 +3354,12 @@ ZONEMTA_LABEL = re.compile(r'[{,](?:status|type)="(\w*)"')
 
 def parse_zonemta(text: str) -> dict[str, int]:
     """Return ZoneMTA's figures from its answer to GET /metrics (Prometheus' text format)."""
-    sums: dict[tuple[str, str], int] = {}
+    sums: Counter[tuple[str, str]] = Counter()
     for metric, labels, value in ZONEMTA_METRIC.findall(text):
-        source = metric, "".join(ZONEMTA_LABEL.findall(labels))
-        sums[source] = sums.get(source, 0) + int(value)
+        sums[metric, "".join(ZONEMTA_LABEL.findall(labels))] += int(value)
     return {
-        name: sums.get(source, 0) for name, source in ZONEMTA_FIGURES.items()
-        # a counter that is declared, but has no value yet, begins at 0
+        name: sums[source] for name, source in ZONEMTA_FIGURES.items()
+        # a counter that is declared and has no value yet is 0
         if source in sums or f"# TYPE zonemta_{source[0]} counter\n" in text
     }
 
@@ -3408,7 +3381,7 @@ class ZoneMta:
         return result
 
     def _ask(self) -> dict[str, int]:
-        with contextlib.suppress(ConnectionError):  # it closes an idle connection after 5 s
+        with contextlib.suppress(ConnectionError):  # ZoneMTA closes an idle connection after 5 s
             return self._get()
         return self._get()
 

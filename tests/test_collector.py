@@ -560,7 +560,7 @@ def test_a_disk_that_fails_costs_the_memory_alone(
     assert json.loads((folder / "services").read_text()) == {"redis": 0}
     said = [record.getMessage() for record in caplog.records]
     assert len(said) == 1
-    assert said[0].startswith("cannot remember which services run here: No such file or directory")
+    assert said[0].startswith("writing the list of services failed: No such file or directory")
 
 
 def test_a_disk_that_hangs_delays_one_sample(
@@ -578,7 +578,7 @@ def test_a_disk_that_hangs_delays_one_sample(
     stuck.write_bytes(b"")
     eventually(lambda: beat(seen, clock, 1, "redis") == "rspamd", 30)
     said = [record.getMessage() for record in caplog.records]
-    assert said[0] == "reading the services of the last run hangs" and len(said) == 1
+    assert said[0] == "reading the list of services hangs" and len(said) == 1
 
 
 @pytest.mark.parametrize(

@@ -224,7 +224,9 @@ PARSERS: dict[str, tuple[Callable[[bytes], Any], list[bytes]]] = {
     ),
     "diskstats": (agent.parse_diskstats, [proc("diskstats")]),
     "net/sockstat": (agent.parse_time_wait, [proc("net/sockstat")]),
-    "net/snmp": (agent.parse_curr_estab, [proc("net/snmp")]),
+    "net/snmp": (
+        lambda data: agent.parse_mib(data, b"Tcp:", b"CurrEstab"), [proc("net/snmp")],
+    ),
     "a sample on disk": (
         lambda data: agent.read_sample(1, data),
         [agent.pack(SAMPLE), zlib.compress(b'{"timestamp":"2026-01-01T00:00:00.000Z","role":[]}')],

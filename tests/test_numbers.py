@@ -258,7 +258,7 @@ def test_sockstat_and_snmp_that_lack_the_line() -> None:
     with pytest.raises(ValueError, match="no TCP line"):
         agent.parse_time_wait(b"sockets: used 8\n")
     with pytest.raises(ValueError):
-        agent.parse_curr_estab(b"Ip: 1 2\n")
+        agent.parse_mib(b"Ip: 1 2\n", b"Tcp:", b"CurrEstab")
 
 
 # --- disks
@@ -373,7 +373,7 @@ def test_a_link_into_a_network_file_system_is_not_followed(
 ) -> None:
     (tmp_path / "mail").symlink_to("/mnt/nfs/mail")
     mounts = agent.parse_mountinfo(MOUNTINFO.encode())
-    with pytest.raises(OSError, match="not looked at"):
+    with pytest.raises(OSError, match="are not read"):
         agent.MountTable(mounts).find(f"{tmp_path}/mail/joe")
 
 

@@ -357,7 +357,7 @@ class Collector:
             "disk_io": lambda: files.call("/proc/diskstats", disk_io.read),
             "network": network.read,
             "load": lambda: files.call("/proc/loadavg", lambda: read_load(proc)),
-            "tcp_connections": TcpCounter(proc, missing, count_tcp).read,
+            "tcp_connections": lambda: read_tcp(proc),
             "open_files": lambda: read_open_files(proc),
             "uptime": lambda: files.call("/proc/uptime", lambda: read_uptime(proc)),
             "pressure": PressureReader(proc, clock).read,
@@ -2431,42 +2431,34 @@ def choose_interfaces(base: str, present: Iterable[str]) -> list[str]:
 
     base: /sys/class/net.
     """
-    hardware = [
-        name for name in present
-        if os.path.exists(f"{base}/{name}/device") and not _is_upper(base, name)
-        # its master counts it: a paravirtual interface (Azure, Hyper-V)
-        and not os.path.exists(f"{base}/{name}/master/device")
-    ]
+    def has(name: str, file: str) -> bool:
+        return os.path.exists(f"{base}/{name}/{file}")
+
+    # Traffic of a DSA switch's port goes through another interface. A master with hardware
+    # behind it, a paravirtual interface (Azure, Hyper-V), counts for its ports.
+    hardware = [name for name in present if has(name, "device") and not has(name, "master/device")
+                and b"DEVTYPE=dsa\n" not in read_feature(f"{base}/{name}/uevent")]
     if hardware:
         return hardware
     others = [name for name in present if name != "lo"]
     # A tunnel counts if it is the only way out of a container.
-    lower = [name for name in others if not _is_upper(base, name)] or others
+    lower = [name for name in others if not _is_upper(f"{base}/{name}")] or others
     # Traffic of a bridge's port, to a container for example, came in by another interface. If
     # all are in bridges, the kernel does not tell which one leads out.
-    return [name for name in lower if not os.path.exists(f"{base}/{name}/master")] or lower
+    return [name for name in lower if not has(name, "master")] or lower
 
 
-# linux/if_arp.h: TUNNEL, TUNNEL6, SIT, IPGRE, IP6GRE, and NONE of tun and WireGuard. The ports
-# of a DSA switch have hardware behind them, but their traffic goes through another interface.
-UPPER = re.compile(rb"^((768|769|776|778|823|65534)|DEVTYPE=(vxlan|geneve|dsa))$", re.MULTILINE)
+# linux/if_arp.h: TUNNEL, TUNNEL6, SIT, IPGRE, IP6GRE, and NONE of tun and WireGuard.
+UPPER = re.compile(rb"^((768|769|776|778|823|65534)|DEVTYPE=(vxlan|geneve))$", re.MULTILINE)
 
 
-def _is_upper(base: str, name: str) -> bool:
-    """Tell whether the traffic of an interface goes through another one too, and counts there.
-
-    A paravirtual interface (Azure, Hyper-V) is no such one: it counts for its lower one.
-    """
-    folder = f"{base}/{name}"
-    try:
-        lower = [e.removeprefix("lower_") for e in os.listdir(folder) if e.startswith("lower_")]
-        has_device = os.path.exists(f"{folder}/device")
-        if any(not (has_device and os.path.exists(f"{base}/{n}/master")) for n in lower):
-            return True
-        facts = read_bytes(f"{folder}/type") + read_bytes(f"{folder}/uevent")
-        return UPPER.search(facts) is not None
-    except OSError:
-        return False
+def _is_upper(folder: str) -> bool:
+    """Tell whether the traffic of an interface goes through another one, which counts it."""
+    with contextlib.suppress(OSError):  # it is gone, or there is no sysfs
+        return any(name.startswith("lower_") for name in os.listdir(folder)) or bool(
+            UPPER.search(read_bytes(f"{folder}/type") + read_bytes(f"{folder}/uevent"))
+        )
+    return False
 
 
 # --- processes ---------------------------------------------------------------------------
@@ -2956,8 +2948,10 @@ NETLINK_SOCK_DIAG = 4
 TCPDIAG_GETSOCK = 18  # the legacy request: one dump holds both address families
 NLM_F_REQUEST_DUMP = 0x301
 NLMSG_ERROR, NLMSG_DONE = 2, 3
-TCP_ESTABLISHED, TCP_FIN_WAIT2, TCP_TIME_WAIT, TCP_CLOSE_WAIT, TCP_LISTEN = 1, 5, 6, 8, 10
-TIMEWAIT_TIMER = 3  # idiag_timer of what is left of a socket that is closed
+TCP_ESTABLISHED, TCP_TIME_WAIT, TCP_CLOSE_WAIT, TCP_LISTEN = 1, 6, 8, 10
+# SYN_SENT, FIN_WAIT1, FIN_WAIT2, CLOSE_WAIT, LAST_ACK, LISTEN, CLOSING
+TCP_OTHER_STATES = (2, 4, 5, 8, 9, 10, 11)
+TIMEWAIT_TIMER = 3  # idiag_timer of what is left of a socket in FIN_WAIT2 that is closed
 INET_DIAG_SKV6ONLY = 11
 NETLINK_LIMIT_S = 3.0
 
@@ -3005,93 +2999,44 @@ def tcp_rows(proc: str) -> Iterator[tuple[int, bytes, bytes]]:
                     yield int(columns[3], 16), columns[1], columns[4].rpartition(b":")[2]
 
 
-class TcpCensus(NamedTuple):
-    """How many TCP sockets of both families are in a state."""
+def read_tcp(proc: str) -> dict[str, Any]:
+    """Count TCP connections as ss(8) does, without a walk over the established ones.
 
-    established: int
-    close_wait: int
-    fin_wait2_closed: int  # FIN_WAIT2 that no process holds; sockstat counts them as `tw`
-
-
-def count_tcp(*states: int) -> TcpCensus:
-    """Count the sockets in these of the census' states; the others are 0."""
-    established = close_wait = closed = 0
-    for message in dump_tcp(*states):
-        established += message[1] == TCP_ESTABLISHED  # idiag_state
-        close_wait += message[1] == TCP_CLOSE_WAIT
-        closed += message[1] == TCP_FIN_WAIT2 and message[2] == TIMEWAIT_TIMER  # idiag_timer
-    return TcpCensus(established, close_wait, closed)
-
-
-class TcpCounter:
-    """Counts TCP connections as ss(8) does, without a walk over the established ones.
-
-    Kernels since mid-2024 count CLOSE_WAIT in CurrEstab, older ones do not. The first sample
-    with a connection in CLOSE_WAIT tells which: it counts the established ones as well.
+    They are what remains of the sockets in use when those in all other states are taken away.
     """
-
-    def __init__(self, proc: str, missing: Missing, count: Callable[..., TcpCensus]) -> None:
-        self._proc = proc
-        self._missing = missing
-        self._count = count
-        self._includes_close_wait: bool | None = None  # None: not known yet
-
-    def read(self) -> dict[str, Any]:
-        try:
-            census = self.census()
-        except OSError:
-            return self._count_rows()
-        counts: dict[str, Any] = {
-            "tcp_established": census.established, "tcp_close_wait": census.close_wait,
-        }
-        try:
-            time_wait = parse_time_wait(read_bytes(f"{self._proc}/net/sockstat"))
-            counts["tcp_time_wait"] = max(0, time_wait - census.fin_wait2_closed)
-        except READ_ERRORS as error:
-            self._missing("tcp_time_wait", _reason(error))
-        return counts
-
-    def _count_rows(self) -> dict[str, Any]:
-        states = Counter(state for state, _, _ in tcp_rows(self._proc))
-        return {
-            "tcp_established": states[TCP_ESTABLISHED], "tcp_close_wait": states[TCP_CLOSE_WAIT],
-            "tcp_time_wait": states[TCP_TIME_WAIT],
-        }
-
-    def census(self) -> TcpCensus:
-        census = self._count(TCP_CLOSE_WAIT, TCP_FIN_WAIT2)
-        curr_estab = self._curr_estab()
-        close_wait = census.close_wait
-        if close_wait and self._includes_close_wait is None:
-            again = self._count(TCP_ESTABLISHED, TCP_CLOSE_WAIT)
-            is_quiet = curr_estab == self._curr_estab() and close_wait == again.close_wait
-            if is_quiet and curr_estab - again.established in (0, close_wait):
-                self._includes_close_wait = curr_estab != again.established
-            return census._replace(established=again.established)
-        included = close_wait if self._includes_close_wait else 0
-        return census._replace(established=max(0, curr_estab - included))
-
-    def _curr_estab(self) -> int:
-        return parse_mib(read_bytes(f"{self._proc}/net/snmp"), b"Tcp:", b"CurrEstab")
+    try:
+        states: Counter[int] = Counter()
+        closed = 0  # sockets that no process holds; sockstat counts them as `tw`
+        for message in dump_tcp(*TCP_OTHER_STATES):
+            if message[2] == TIMEWAIT_TIMER:  # idiag_timer
+                closed += 1
+            else:
+                states[message[1]] += 1  # idiag_state
+        in_use, time_wait = parse_sockstat(
+            read_bytes(f"{proc}/net/sockstat") + read_feature(f"{proc}/net/sockstat6")
+        )
+        states[TCP_ESTABLISHED] = max(0, in_use - states.total())
+        states[TCP_TIME_WAIT] = max(0, time_wait - closed)
+    except OSError:
+        states = Counter(state for state, _, _ in tcp_rows(proc))
+    return {
+        "tcp_established": states[TCP_ESTABLISHED], "tcp_close_wait": states[TCP_CLOSE_WAIT],
+        "tcp_time_wait": states[TCP_TIME_WAIT],
+    }
 
 
-def parse_time_wait(sockstat: bytes) -> int:
-    """Return `tw` of /proc/net/sockstat: TIME_WAIT and closed FIN_WAIT2, of both families."""
-    found = re.search(rb"^TCP:.*\btw (\d+)", sockstat, re.MULTILINE)
-    if not found:
-        raise ValueError("no TCP line in /proc/net/sockstat")
-    return int(found[1])
-
-
-def parse_mib(data: bytes, table: bytes, name: bytes) -> int:
-    """Return a value of /proc/net/snmp or netstat: a line of names, then a line of values."""
-    names, values = (line.split() for line in data.splitlines() if line.startswith(table))
-    return int(values[names.index(name)])
+def parse_sockstat(data: bytes) -> tuple[int, int]:
+    """Return (sockets in use, `tw`) of /proc/net/sockstat and sockstat6."""
+    in_use = re.findall(rb"^TCP6?: inuse (\d+)", data, re.MULTILINE)
+    time_wait = re.findall(rb"^TCP: .*\btw (\d+)", data, re.MULTILINE)
+    return sum(map(int, in_use)), int(time_wait[0])
 
 
 def read_listen_overflows(proc: str) -> dict[str, Any]:
-    data, name = read_feature(f"{proc}/net/netstat"), b"ListenOverflows"
-    return {"listen_overflows": parse_mib(data, b"TcpExt:", name)} if name in data else {}
+    lines = read_feature(f"{proc}/net/netstat").splitlines()
+    rows = (line.split() for line in lines if line.startswith(b"TcpExt:"))
+    found = dict(zip(*rows)).get(b"ListenOverflows")
+    return {} if found is None else {"listen_overflows": int(found)}
 
 
 def check_by_connect(
@@ -3120,17 +3065,10 @@ def check_by_connect(
             for fd, _ in poll.poll(math.ceil(left * 1000)):
                 poll.unregister(fd)
                 port, sock = waiting.pop(fd)
-                with sock:
-                    result[port] = _is_connected(sock)
+                with sock, contextlib.suppress(OSError):  # it is not connected
+                    # It may be connected to itself: to a free port in the local range.
+                    result[port] = sock.getpeername() != sock.getsockname()
     return result
-
-
-def _is_connected(sock: socket.socket) -> bool:
-    """Tell whether a connect succeeded, and not to itself (a free port in the local range)."""
-    try:
-        return bool(sock.getpeername() != sock.getsockname())
-    except OSError:
-        return False
 
 
 class Listener(NamedTuple):

@@ -684,7 +684,6 @@ def test_a_metric_that_fails_is_left_out_said_once_and_counted(
 @pytest.mark.parametrize(
     ("missing", "gone"),
     [
-        ("net/sockstat", {"tcp_time_wait"}),
         ("net", {"tcp_established", "tcp_close_wait", "tcp_time_wait", "listen_overflows"}),
         ("meminfo", {"ram_used_percent", "ram_used_bytes", "ram_total_bytes", "swap_used_bytes",
                      "swap_total_bytes"}),

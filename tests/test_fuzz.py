@@ -223,10 +223,7 @@ PARSERS: dict[str, tuple[Callable[[bytes], Any], list[bytes]]] = {
         [proc("self/mountinfo")],
     ),
     "diskstats": (agent.parse_diskstats, [proc("diskstats")]),
-    "net/sockstat": (agent.parse_time_wait, [proc("net/sockstat")]),
-    "net/snmp": (
-        lambda data: agent.parse_mib(data, b"Tcp:", b"CurrEstab"), [proc("net/snmp")],
-    ),
+    "net/sockstat": (agent.parse_sockstat, [proc("net/sockstat") + proc("net/sockstat6")]),
     "a sample on disk": (
         lambda data: agent.read_sample(1, data),
         [agent.pack(SAMPLE), zlib.compress(b'{"timestamp":"2026-01-01T00:00:00.000Z","role":[]}')],

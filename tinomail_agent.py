@@ -2215,16 +2215,11 @@ def parse_mountinfo(data: bytes) -> list[Mount]:
         fields, _, tail = line.partition(" - ")
         first, last = fields.split(" "), tail.split(" ")
         if len(first) >= 6 and len(last) >= 3:
-            mounts.append(
-                Mount(int(first[0]), int(first[1]), first[2], _unescape(first[3]),
-                      _unescape(first[4]), last[0], _unescape(last[1]), tuple(last[2].split(",")))
-            )
+            # mangle_path() in fs/seq_file.c
+            path = re.sub(r"\\([0-7]{3})", lambda octal: chr(int(octal[1], 8)), first[4])
+            mounts.append(Mount(int(first[0]), int(first[1]), first[2], first[3], path,
+                                last[0], last[1], tuple(last[2].split(","))))
     return mounts
-
-
-def _unescape(text: str) -> str:
-    """Undo the kernel's octal escapes (fs/seq_file.c, mangle_path)."""
-    return re.sub(r"\\([0-7]{3})", lambda found: chr(int(found[1], 8)), text)
 
 
 class MountTable:
@@ -2232,36 +2227,36 @@ class MountTable:
 
     def __init__(self, mounts: Iterable[Mount]) -> None:
         self._mounts = list(mounts)
-        by_id = {mount.mount_id: mount for mount in self._mounts}
-        # The first root of an initramfs is its own parent. Below a chroot(2) no root is listed.
-        top = next((m for m in self._mounts if by_id.get(m.parent_id, m) is m), None)
-        top_id = top.parent_id if top else 0
-        self._top = by_id.get(top_id, Mount(top_id, 0, "0:0", "/", "/", "", "", ()))
-        self._by_place = {(m.parent_id, m.path): m for m in self._mounts if m is not self._top}
+        # The parent of "/" is not listed, or is "/" itself, as an initramfs leaves it.
+        ids = {mount.mount_id for mount in self._mounts}
+        self._by_place = {
+            (m.parent_id if m.parent_id in ids and m.parent_id != m.mount_id else -1, m.path): m
+            for m in self._mounts
+        }
 
     def way(self, path: str) -> Iterator[tuple[str, Mount]]:
         """Yield each directory on the way to an absolute path, with each mount entered there."""
-        here = self._top
-        for end in (1, *(i for i, c in enumerate(f"{path}/") if c == "/" and i > 1)):
-            while upper := self._by_place.get((here.mount_id, path[:end])):
+        here = Mount(-1, -1, "", "/", "/", "", "", ())
+        names = (f"/{name}" for name in path.split("/") if name)
+        for place in ("/", *itertools.accumulate(names)):
+            while upper := self._by_place.get((here.mount_id, place)):
                 here = upper
-                yield path[:end], here
-            yield path[:end], here
+                yield place, here
+            yield place, here
 
-    def local_disks(self) -> dict[str, list[Mount]]:
-        """Return device -> its mounts, for each local disk; the best mount to show is first.
+    def local_disks(self) -> list[Mount]:
+        """Return a mount of each local disk: of all of it if there is one, with a short path.
 
         A mount that is hidden below another one does not count.
         """
-        disks: dict[str, list[Mount]] = {}
-        for mount in self._mounts:
-            if mount.is_local_disk:
+        found: dict[str, Mount] = {}
+        ranked = sorted(self._mounts, key=lambda m: (m.path != "/", m.root != "/", len(m.path)))
+        for mount in ranked:
+            if mount.is_local_disk and mount.device not in found:
                 way = [passed for _, passed in self.way(mount.path)]
                 if way[-1] is mount and not any(passed.bars_way for passed in way):
-                    disks.setdefault(mount.device, []).append(mount)
-        for mounts in disks.values():
-            mounts.sort(key=lambda m: (m.path != "/", m.root != "/", len(m.path)))
-        return disks
+                    found[mount.device] = mount
+        return list(found.values())
 
     def find(self, path: str, hops: int = 40) -> Mount:
         """Return the mount that a path is on; follows links.
@@ -2281,35 +2276,33 @@ class MountTable:
         return mount
 
 
+@dataclass(frozen=True, slots=True)
 class DiskReader:
-    """Reads how full the file systems are: of `paths`, or all local ones."""
+    """Reads how full the file systems are: those of `paths`, or all local ones."""
 
-    def __init__(
-        self, proc: str, paths: tuple[str, ...] | None, missing: Missing, worker: Worker
-    ) -> None:
-        self._proc = proc
-        self._paths = paths
-        self._missing = missing
-        self._worker = worker
+    proc: str
+    paths: tuple[str, ...] | None
+    missing: Missing
+    worker: Worker
 
     def read(self) -> dict[str, Any]:
-        table = MountTable(parse_mountinfo(read_bytes(f"{self._proc}/self/mountinfo")))
+        table = MountTable(parse_mountinfo(read_bytes(f"{self.proc}/self/mountinfo")))
         calls: dict[str, Callable[[], dict[str, Any] | None]]
-        if self._paths is None:
-            calls = {f"disk {_printable(mounts[0].path)}": functools.partial(read_disk, mounts)
-                     for mounts in table.local_disks().values()}
+        if self.paths is None:
+            calls = {f"disk {_printable(mount.path)}": functools.partial(read_disk, mount)
+                     for mount in table.local_disks()}
         else:
             calls = {f"disk {path} of DISK_PATHS": functools.partial(read_disk_of, path, table)
-                     for path in self._paths}
-        answers = self._worker.run(calls)
+                     for path in self.paths}
+        answers = self.worker.run(calls)
         for name, answer in answers.items():
             if isinstance(answer, Exception):
-                self._missing(name, getattr(answer, "strerror", None) or _reason(answer))
+                self.missing(name, getattr(answer, "strerror", None) or _reason(answer))
         rows = {row["mount"]: row for row in answers.values() if isinstance(row, dict)}
         ranked = sorted(rows.values(), key=lambda row: -row["used_percent"])
         found: dict[str, Any] = {"disks": ranked[:DISKS_LIMIT]} if ranked else {}
         if len(answers) < len(calls):
-            self._missing("disk_used_percent", "a disk hangs, and may be the fullest")
+            self.missing("disk_used_percent", "a disk hangs, and may be the fullest")
         elif ranked:
             found["disk_used_percent"] = ranked[0]["used_percent"]
             found["disk_free_bytes"] = ranked[0]["free_bytes"]
@@ -2318,44 +2311,38 @@ class DiskReader:
         return found
 
 
-def read_disk(mounts: Iterable[Mount]) -> dict[str, Any] | None:
-    """Return a row of system.disks, from the first mount of the disk that can be read.
+def read_disk(mount: Mount) -> dict[str, Any] | None:
+    """Return a row of system.disks; None if the file system has no size, or is always full.
 
-    None if it has no size, or is always full: read-only without a free block (squashfs, iso9660,
-    an overlay on them). Raises OSError if no mount can be read.
+    Always full is what is read-only without a free block: squashfs, iso9660, an overlay on them.
     """
-    problem: OSError | None = None
-    for mount in mounts:
-        try:
-            fs = os.statvfs(mount.path)
-        except OSError as error:
-            problem = problem or error
-            continue
-        used = fs.f_blocks - fs.f_bfree
-        share = percent(used, used + fs.f_bavail)
-        if share is None or (fs.f_bfree == 0 and "ro" in mount.options):
-            return None
-        free = fs.f_bavail * fs.f_frsize
-        row = {"mount": _printable(mount.path), "used_percent": share, "free_bytes": free,
-               "read_only": not READ_ONLY.isdisjoint(mount.options)}
-        if fs.f_files:  # btrfs and FAT have no table of inodes
-            row["inodes_used_percent"] = percent(fs.f_files - fs.f_ffree, fs.f_files)
-        return row
-    raise problem or FileNotFoundError
+    fs = os.statvfs(mount.path)
+    used = fs.f_blocks - fs.f_bfree
+    share = percent(used, used + fs.f_bavail)
+    if share is None or (fs.f_bfree == 0 and "ro" in mount.options):
+        return None
+    row = {
+        "mount": _printable(mount.path), "used_percent": share,
+        "free_bytes": fs.f_bavail * fs.f_frsize,
+        "read_only": not READ_ONLY.isdisjoint(mount.options),
+    }
+    if fs.f_files:  # btrfs and FAT have no table of inodes
+        row["inodes_used_percent"] = percent(fs.f_files - fs.f_ffree, fs.f_files)
+    return row
 
 
 def read_disk_of(path: str, table: MountTable) -> dict[str, Any]:
     """Return the row of the file system that a path is on; raises OSError if it has none."""
-    if row := read_disk([table.find(path)]):
+    if row := read_disk(table.find(path)):
         return row
     raise OSError(errno.EROFS, "it has no size, or is read-only and always full")
 
 
 def parse_diskstats(data: bytes) -> dict[str, tuple[int, int]]:
     """Return device, as sysfs names it -> (bytes read, bytes written) of /proc/diskstats."""
-    rows = (line.split() for line in os.fsdecode(data).split("\n"))
-    return {row[2].replace("/", "!"): (int(row[5]) * 512, int(row[9]) * 512)
-            for row in rows if len(row) > 9}
+    rows = (line.split() for line in os.fsdecode(data).splitlines())
+    return {name.replace("/", "!"): (512 * int(read), 512 * int(written))
+            for _, _, name, _, _, read, _, _, _, written, *_ in rows}
 
 
 # With NVMe multipath, nvme0c1n1 is a hidden path to nvme0n1 (drivers/nvme/host/multipath.c).
@@ -2562,28 +2549,25 @@ class ProcessTable:
 
         Raises PermissionError if /proc shows our own processes only (hidepid).
         """
-        try:
-            read_bytes(f"{self._proc}/1/stat")
-        except (FileNotFoundError, PermissionError):
+        if not os.path.exists(f"{self._proc}/1/stat"):
             raise PermissionError(
                 errno.EACCES, "other users' processes are hidden (hidepid on /proc)"
-            ) from None
+            )
         looked = self._look()
         members = self._members(looked)
-        ticks = {(k.process.pid, k.process.start_ticks): (k.process.cpu_ticks,)
-                 for its in members.values() for k in its}
-        grown = self._meter.growth(ticks)
+        found = [known.process for its in members.values() for known in its]
+        grown = self._meter.growth({process.pid: (process.cpu_ticks,) for process in found})
         self._read_at, seconds = self._clock(), self._clock() - self._read_at
         unclear = {service for known in looked if known.cmdline is None
                    and not known.identity.service for service in known.candidates}
-        found = {}
+        rows = {}
         for service, its in members.items():
             row = self._describe(its, seconds, grown)
             if service in unclear and row["status"] != "running":
                 self._missing(service, "the command line of what may be its process hangs")
             else:
-                found[service] = row
-        return found
+                rows[service] = row
+        return rows
 
     # - which processes there are
 
@@ -2677,7 +2661,7 @@ class ProcessTable:
     # - what they use
 
     def _describe(
-        self, its: list[Known], seconds: float, grown: Mapping[tuple[int, int], Growth | None]
+        self, its: list[Known], seconds: float, grown: Mapping[int, Growth | None]
     ) -> dict[str, Any]:
         found = [known.process for known in its]
         if not found:
@@ -2687,10 +2671,9 @@ class ProcessTable:
         main = min(alive, key=lambda p: (p.ppid in pids, p.start_ticks, p.pid))
         used = 0.0
         for process in found:
-            key = process.pid, process.start_ticks
-            if growth := grown.get(key):
+            if growth := grown.get(process.pid):
                 used += growth[1][0] / growth[0] if growth[0] > 0 else 0
-            elif key not in grown and age_s(process) < seconds:
+            elif process.pid not in grown and age_s(process) < seconds:
                 used += process.cpu_ticks / seconds  # it has started since the last reading
         is_stopped = main.is_dead or main.state in "Tt"
         return {
@@ -2711,18 +2694,16 @@ class ProcessTable:
         for known in its:
             with contextlib.suppress(*ENDED):
                 held[known.process.pid] = parse_statm(read_bytes(self._file(known, "statm")))
-        largest_anon, largest_shared = (
-            max((sizes[column] for sizes in held.values()), default=0) for column in (0, 1)
-        )
+        largest_anon = max((anon for anon, _ in held.values()), default=0)
+        largest_shared = max((shared for _, shared in held.values()), default=0)
         program = max(0, largest_shared - COMMON_LIBRARIES_KIB)
         is_node = its[0].identity.service in NODE_SERVICES
         if is_node:  # services that run on Node share its program
             program = program * len(its) // self._node_processes
-        accounts = [self._cgroup_kib(cgroup, held.keys()) for cgroup in {k.cgroup for k in its}]
-        own = [account for account in accounts if account]
-        anon, mapped = sum(kib for kib, _ in own), sum(kib for _, kib in own)
+        account = self._cgroups_kib({known.cgroup for known in its}, held.keys())
         # A process that was moved into its cgroup left its pages with the one before.
-        if len(own) == len(accounts) and anon >= 0.9 * largest_anon:
+        if account and account[0] >= 0.9 * largest_anon:
+            anon, mapped = account
             # The program is often accounted for elsewhere: where it was read first.
             return anon + max(program, mapped)
         # A child that a native server forks shares its parent's pages. Node starts programs.
@@ -2738,53 +2719,45 @@ class ProcessTable:
                 folder += f"/task/{max(os.listdir(f'{folder}/task'), key=int)}"
         return f"{folder}/{name}"
 
-    def _cgroup_kib(self, cgroup: str, pids: Set[int]) -> tuple[int, int] | None:
-        """Return (anonymous, mapped) KiB of a cgroup, None if it holds more than these pids."""
+    def _cgroups_kib(self, cgroups: Iterable[str], pids: Set[int]) -> tuple[int, int] | None:
+        """Return (anonymous, mapped) KiB of cgroups; None if they hold others than these pids."""
+        anon_bytes = mapped_bytes = 0
         try:
-            folder, keys = memory_cgroup(cgroup, self._cgroup_root)
-            with os.scandir(folder) as entries:
-                if any(entry.is_dir() for entry in entries):
-                    return None  # it has cgroups below it, as the root has
-            inside = set(map(int, read_bytes(f"{folder}/cgroup.procs").split()))
-            if not inside or not inside <= pids:
-                return None
-            rows = (line.split() for line in read_bytes(f"{folder}/memory.stat").splitlines())
-            stat = {row[0]: int(row[1]) for row in rows if row[0] in keys}
-            return stat[keys[0]] // 1024, stat[keys[1]] // 1024
+            for cgroup in cgroups:
+                folder, anon, mapped = memory_cgroup(cgroup, self._cgroup_root)
+                with os.scandir(folder) as entries:
+                    if any(entry.is_dir() for entry in entries):
+                        return None  # cgroups below this one, as the root has
+                inside = set(map(int, read_bytes(f"{folder}/cgroup.procs").split()))
+                if not inside or not inside <= pids:
+                    return None
+                rows = read_bytes(f"{folder}/memory.stat").splitlines()
+                stat = dict(row.split() for row in rows)
+                anon_bytes += int(stat[anon])
+                mapped_bytes += int(stat[mapped])
         except (OSError, ValueError, LookupError):
             return None
+        return anon_bytes // 1024, mapped_bytes // 1024
 
 
-def memory_cgroup(cgroup: str, root: str) -> tuple[str, tuple[bytes, bytes]]:
-    """Return the folder of a process' memory cgroup, and what to add up in its memory.stat.
+def memory_cgroup(cgroup: str, root: str) -> tuple[str, bytes, bytes]:
+    """Return the folder of a process' memory cgroup, and two names in its memory.stat.
 
-    cgroup: the text of /proc/PID/cgroup (cgroups(7)). The page cache is not added: it belongs
-    to the machine. Raises LookupError if there is no such cgroup.
+    They are those of its anonymous and of its mapped memory. The page cache belongs to the
+    machine. cgroup: the text of /proc/PID/cgroup (cgroups(7)). Raises LookupError without one.
     """
     paths = dict(re.findall(r"^\d+:(.*?):(.*)$", cgroup, re.MULTILINE))
     if "memory" in paths:  # v1, or v1 and v2 side by side
-        return f"{root}/memory{paths['memory']}", (b"total_rss", b"total_mapped_file")
-    return f"{root}{paths['']}", (b"anon", b"file_mapped")
+        return f"{root}/memory{paths['memory']}", b"total_rss", b"total_mapped_file"
+    return f"{root}{paths['']}", b"anon", b"file_mapped"
 
 
 # --- services ----------------------------------------------------------------------------
 
-
-class Service(NamedTuple):
-    """What NODE_ROLE=auto makes of a service that runs on this node."""
-
-    role: str
-    ports: tuple[int, ...]  # to check
-
-
-# The role of a node is that of the first of its services, in this order.
+# Service -> its ports. The first one that runs on a node gives the node its role.
 SERVICES = {
-    "zonemta": Service("zonemta-outbound", (587, 12080)),
-    "wildduck": Service("wildduck", (993, 995)),
-    "haraka": Service("haraka", (25,)),
-    "rspamd": Service("rspamd", (11334,)),
-    "mongodb": Service("mongodb", (27017,)),
-    "redis": Service("redis", (6379,)),
+    "zonemta": (587, 12080), "wildduck": (993, 995), "haraka": (25,), "rspamd": (11334,),
+    "mongodb": (27017,), "redis": (6379,),
 }
 NODE_SERVICES = ("zonemta", "wildduck", "haraka")  # they run on Node
 
@@ -2807,8 +2780,7 @@ SERVICE_COMMS = {
     "valkey-server": "redis",
     "mongod": "mongodb",
 }
-# A program with a version in its name. The title shows the whole name, comm 15 bytes of it.
-RENAMED_REDIS = re.compile(r"(?:.*/)?((?:redis|valkey)-server[-.\d]+)(?: .*)?")
+RENAMED_REDIS = re.compile(r"(redis|valkey)-server[-.\d]+")  # with a version, cut to 15 bytes
 # Arguments or titles of what is no server, whatever its comm. Sentinel is redis' own program.
 NOT_THE_SERVER = re.compile(
     r".*\[sentinel\].*|--sentinel|--test-memory|--check-system|--config-test|-t|--shutdown"
@@ -2873,7 +2845,7 @@ def identify(comm: str, cmdline: bytes, cgroup: str = "") -> Identity:
     args = raw.rstrip("\0").split("\0")
     if args == [""]:
         args = [comm]
-    if service := native_service(comm, args[0]):
+    if service := native_service(comm):
         is_other = is_script(comm, args) or any(NOT_THE_SERVER.fullmatch(arg) for arg in args)
         return NOBODY if is_other else Identity(service)
     unit = next(iter(unit_services(cgroup)), None)
@@ -2899,16 +2871,14 @@ def identify(comm: str, cmdline: bytes, cgroup: str = "") -> Identity:
 
 def candidates_of(comm: str, cgroup: str) -> tuple[str, ...]:
     """Return the services that a process may belong to. If none, its cmdline is not read."""
-    named = native_service(comm, comm) or first_match(SERVICE_TITLES, comm)
+    named = native_service(comm) or first_match(SERVICE_TITLES, comm)
     if named:
         return (named,)
     return NODE_SERVICES if NODE_COMM.match(comm) else unit_services(cgroup)
 
 
-def native_service(comm: str, program: str) -> str | None:
-    renamed = RENAMED_REDIS.fullmatch(program)
-    is_renamed = renamed and renamed[1][:15] == comm
-    return "redis" if is_renamed else SERVICE_COMMS.get(comm)
+def native_service(comm: str) -> str | None:
+    return "redis" if RENAMED_REDIS.fullmatch(comm) else SERVICE_COMMS.get(comm)
 
 
 def is_script(comm: str, args: list[str]) -> bool:
@@ -3140,8 +3110,14 @@ def accept_queues(ports: Iterable[int], proc: str = "/proc") -> dict[int, int]:
 # --- what runs here ----------------------------------------------------------------------
 
 MAIL_PORTS = (25, 587, 993, 995, 12080, 11334)
-ROLE_PORTS = {service.role: service.ports for service in SERVICES.values()} | {
-    "zonemta-local": SERVICES["zonemta"].ports, "wildduck": MAIL_PORTS, "unknown": MAIL_PORTS,
+
+
+def role_of(service: str) -> str:
+    return "zonemta-outbound" if service == "zonemta" else service
+
+
+ROLE_PORTS = {role_of(service): ports for service, ports in SERVICES.items()} | {
+    "zonemta-local": SERVICES["zonemta"], "wildduck": MAIL_PORTS, "unknown": MAIL_PORTS,
 }
 
 
@@ -3153,8 +3129,8 @@ def ports_of(role: str, services: Iterable[str]) -> tuple[int, ...]:
     """
     if role in ROLE_PORTS:
         return ROLE_PORTS[role]
-    named = [name for name in SERVICES if role.lower().startswith(name)]
-    ports = [port for name in named or services for port in SERVICES[name].ports]
+    named = [service for service in SERVICES if role.lower().startswith(service)]
+    ports = [port for service in named or services for port in SERVICES[service]]
     return tuple(dict.fromkeys(ports)) or MAIL_PORTS
 
 
@@ -3190,7 +3166,7 @@ class ServicesSeen:
 
     def role(self) -> str:
         """Return the role that NODE_ROLE=auto gives; "unknown" if no service counts as seen."""
-        return next((SERVICES[service].role for service in self.services()), "unknown")
+        return next(map(role_of, self.services()), "unknown")
 
     def services(self) -> list[str]:
         return [service for service in SERVICES if service in self._absent]
@@ -3204,23 +3180,21 @@ class ServicesSeen:
         now = self._clock()
         passed, self._updated = now - self._updated, now
         for service in SERVICES.keys() & running.keys():
-            if running[service]:
-                since, samples = self._running.get(service, (now, 0))
-                self._running[service] = since, samples + 1
-                if service in self._absent or self._is_settled(now, since, samples + 1):
-                    self._absent[service] = 0.0
+            if not running[service]:
+                self._running.pop(service, None)
+                if service in self._absent:
+                    self._absent[service] += passed
                 continue
-            self._running.pop(service, None)
-            if service in self._absent:
-                self._absent[service] += passed
-                if self._absent[service] > self.GONE_S:
-                    del self._absent[service]
+            since, samples = self._running.get(service, (now, 0))
+            self._running[service] = since, samples + 1
+            if now - self._started < self.SETTLED_S:
+                is_settled = samples + 1 >= self.SETTLED_SAMPLES
+            else:
+                is_settled = now - since >= self.SETTLED_S
+            if is_settled or service in self._absent:
+                self._absent[service] = 0.0
+        self._absent = {s: absent for s, absent in self._absent.items() if absent <= self.GONE_S}
         self._save(now)
-
-    def _is_settled(self, now: float, since: float, samples: int) -> bool:
-        if now - self._started < self.SETTLED_S:
-            return samples >= self.SETTLED_SAMPLES
-        return now - since >= self.SETTLED_S
 
     def _load(self) -> None:
         if not self._is_loaded:
@@ -3239,7 +3213,7 @@ class ServicesSeen:
             return {}  # it is damaged: the services will be seen again
         with contextlib.suppress(FileNotFoundError):  # version 1.0.0 saved the role alone
             role = read_bytes(f"{self._folder}/role", 100).decode("utf-8", "replace").strip()
-            return {name: 0.0 for name, service in SERVICES.items() if service.role == role}
+            return {service: 0.0 for service in SERVICES if role_of(service) == role}
         return {}
 
     def _save(self, now: float) -> None:

@@ -1979,7 +1979,7 @@ CLOCK_TICKS = os.sysconf("SC_CLK_TCK")
 PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 
 Missing = Callable[[str, str], None]  # reports a metric that is left out, and the reason
-Growth = tuple[float, list[float]]  # seconds, and how much each counter grew in them
+Rates = Mapping[Any, list[float] | None]  # name -> growth a second of its counters
 
 
 def read_bytes(path: str, limit: int = -1) -> bytes:
@@ -2010,7 +2010,7 @@ def _printable(text: str) -> str:
 
 
 class Meter:
-    """Measures how much counters grow between two readings.
+    """Measures how fast counters grow between two readings.
 
     A counter falls when it was reset, or when one reading of it is wrong. The next reading
     tells which. Both readings are kept until then: a wrong one must not become the base of a
@@ -2023,38 +2023,33 @@ class Meter:
         self._tolerance = tolerance
         self._bases: dict[Any, list[tuple[float, Sequence[float]]]] = {}  # the best base first
 
-    def growth(self, readings: Mapping[Any, Sequence[float]]) -> dict[Any, Growth | None]:
-        """Return name -> growth since the last good reading; None if one of its counters fell.
+    def rates(self, readings: Mapping[Any, Sequence[float]]) -> Rates:
+        """Return name -> growth a second since the last good reading; None if a counter fell.
 
-        A new name has no growth yet. A name that is not in `readings` is forgotten.
+        A new name has no rate yet. A name that is not in `readings` is forgotten.
         """
         now = self._clock()
-        grown: dict[Any, Growth | None] = {}
+        found: dict[Any, list[float] | None] = {}
         before, self._bases = self._bases, {}
         for name, reading in readings.items():
             self._bases[name] = [(now, reading)]
             if bases := before.get(name):
-                grown[name] = next((
-                    (now - then, [max(0, new - old) for old, new in zip(base, reading)])
-                    for then, base in bases
-                    if all(new >= old - self._tolerance for old, new in zip(base, reading))
+                found[name] = next((
+                    [max(0, new - old) / (now - then) for old, new in zip(base, reading)]
+                    for then, base in bases if now > then
+                    and all(new >= old - self._tolerance for old, new in zip(base, reading))
                 ), None)
-                if grown[name] is None:
+                if found[name] is None:
                     self._bases[name] = [bases[0], (now, reading)]
-        return grown
+        return found
 
 
-def rates(grown: Mapping[Any, Growth | None]) -> tuple[int | None, int | None]:
-    """Return the growth per second of two counters, summed over all names.
-
-    None if a counter fell, if no time has passed, or if there is no name.
-    """
-    sound = [growth for growth in grown.values() if growth and growth[0] > 0]
-    if not sound or len(sound) < len(grown):
+def sum_of_two(rates: Rates) -> tuple[int | None, int | None]:
+    """Return the rates of two counters, summed over all names; None if one is missing."""
+    known = [rate for rate in rates.values() if rate]
+    if not known or len(known) < len(rates):
         return None, None
-    first, second = (
-        round(sum(counts[column] / seconds for seconds, counts in sound)) for column in (0, 1)
-    )
+    first, second = (round(sum(column)) for column in zip(*known))
     return first, second
 
 
@@ -2090,8 +2085,8 @@ class CpuReader:
         self._meter = Meter(clock, tolerance=CLOCK_TICKS)  # iowait may fall a little
 
     def read(self) -> dict[str, Any]:
-        grown = self._meter.growth(parse_cpu_ticks(read_bytes(f"{self._proc}/stat")))
-        cores = {core: growth[1] for core, growth in grown.items() if growth}
+        rates = self._meter.rates(parse_cpu_ticks(read_bytes(f"{self._proc}/stat")))
+        cores = {core: ticks for core, ticks in rates.items() if ticks}
         all_cores = [sum(column) for column in zip(*cores.values())] or [0] * CPU_COLUMNS
         shares = {core: busy_percent(ticks) for core, ticks in cores.items()}
         rows = [{"core": core, "percent": p} for core, p in shares.items() if p is not None]
@@ -2148,9 +2143,8 @@ class PressureReader:
             for name in ("cpu", "memory", "io")
             if (text := read_feature(f"{self._folder}/{name}"))
         }
-        shares = {name: percent(growth[1][0], growth[0] * 1e6)
-                  for name, growth in self._meter.growth(waited_us).items()
-                  if growth and growth[0] > 0}
+        rates = self._meter.rates(waited_us)
+        shares = {name: percent(rate[0], 1e6) for name, rate in rates.items() if rate}
         return {"pressure": shares or None} if waited_us else {}
 
 
@@ -2370,7 +2364,7 @@ class DiskIoReader:
         chosen = {name: counters[name] for name in [*(physical or disks), *uncounted]}
         if not chosen:
             raise ValueError(f"no disk in {self._block}")
-        read, written = rates(self._meter.growth(chosen))
+        read, written = sum_of_two(self._meter.rates(chosen))
         return {"disk_read_bytes_sec": read, "disk_write_bytes_sec": written}
 
     def _is_lowest(self, name: str) -> bool:
@@ -2402,7 +2396,7 @@ class NetworkReader:
         chosen = {name: counters[name] for name in names if name in counters}
         if not chosen:
             raise ValueError("no interface but lo, or none of NET_INTERFACES")
-        received, sent = rates(self._meter.growth(
+        received, sent = sum_of_two(self._meter.rates(
             {name: (its.bytes_recv, its.bytes_sent) for name, its in chosen.items()}
         ))
         return {
@@ -2556,13 +2550,13 @@ class ProcessTable:
         looked = self._look()
         members = self._members(looked)
         found = [known.process for its in members.values() for known in its]
-        grown = self._meter.growth({process.pid: (process.cpu_ticks,) for process in found})
+        rates = self._meter.rates({process.pid: (process.cpu_ticks,) for process in found})
         self._read_at, seconds = self._clock(), self._clock() - self._read_at
         unclear = {service for known in looked if known.cmdline is None
                    and not known.identity.service for service in known.candidates}
         rows = {}
         for service, its in members.items():
-            row = self._describe(its, seconds, grown)
+            row = self._describe(its, seconds, rates)
             if service in unclear and row["status"] != "running":
                 self._missing(service, "the command line of what may be its process hangs")
             else:
@@ -2660,9 +2654,7 @@ class ProcessTable:
 
     # - what they use
 
-    def _describe(
-        self, its: list[Known], seconds: float, grown: Mapping[int, Growth | None]
-    ) -> dict[str, Any]:
+    def _describe(self, its: list[Known], seconds: float, rates: Rates) -> dict[str, Any]:
         found = [known.process for known in its]
         if not found:
             return {"status": "not_found", "pid": None, "memory_mb": 0, "cpu_percent": 0}
@@ -2671,9 +2663,9 @@ class ProcessTable:
         main = min(alive, key=lambda p: (p.ppid in pids, p.start_ticks, p.pid))
         used = 0.0
         for process in found:
-            if growth := grown.get(process.pid):
-                used += growth[1][0] / growth[0] if growth[0] > 0 else 0
-            elif process.pid not in grown and age_s(process) < seconds:
+            if rate := rates.get(process.pid):
+                used += rate[0]
+            elif process.pid not in rates and age_s(process) < seconds:
                 used += process.cpu_ticks / seconds  # it has started since the last reading
         is_stopped = main.is_dead or main.state in "Tt"
         return {

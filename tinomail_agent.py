@@ -3137,22 +3137,20 @@ class ServicesSeen:
     change, and every hour while one of them is absent.
     """
 
-    SETTLED_S, SETTLED_SAMPLES, GONE_S = 600.0, 3, 7 * 86400.0
-    SAVE_EVERY_S = 3600.0
+    SETTLED_S, GONE_S, SAVE_EVERY_S = 600.0, 7 * 86400.0, 3600.0
 
     def __init__(
         self, folder: str = "", *, clock: Callable[[], float] = time.monotonic,
         at_once: bool = False,
     ) -> None:
-        """folder: STATE_DIRECTORY, "" for none; at_once: what runs now counts as seen."""
+        """folder: STATE_DIRECTORY, "" for none; at_once: one sample is enough."""
         self._folder = folder
         self._clock = clock
-        self._at_once = at_once
+        self._samples_needed = 1 if at_once else 3
         self._started = self._updated = self._saved_at = clock()
         self._running: dict[str, tuple[float, int]] = {}  # since when, and in how many samples
         self._absent: dict[str, float] = {}  # those that count as seen -> seconds of absence
-        self._saved: set[str] = set()  # those in the file, as far as this run has written it
-        self._is_loaded = not folder
+        self._saved: set[str] | None = None  # those that were written; None: not loaded yet
         self._problems = Problems()
         self._worker = Worker(HANG_LIMIT_S, self._problems)
 
@@ -3165,10 +3163,8 @@ class ServicesSeen:
 
     def update(self, running: Mapping[str, bool]) -> None:
         """Note whether services run in this sample; those that are not named are not known."""
-        if self._at_once:
-            self._absent = {service: 0.0 for service, runs in running.items() if runs}
-            return
-        self._load()
+        if self._folder and self._saved is None:
+            self._load()
         now = self._clock()
         passed, self._updated = now - self._updated, now
         for service in SERVICES.keys() & running.keys():
@@ -3180,38 +3176,35 @@ class ServicesSeen:
             since, samples = self._running.get(service, (now, 0))
             self._running[service] = since, samples + 1
             if now - self._started < self.SETTLED_S:
-                is_settled = samples + 1 >= self.SETTLED_SAMPLES
+                is_settled = samples + 1 >= self._samples_needed
             else:
                 is_settled = now - since >= self.SETTLED_S
             if is_settled or service in self._absent:
                 self._absent[service] = 0.0
         self._absent = {s: absent for s, absent in self._absent.items() if absent <= self.GONE_S}
-        self._save(now)
+        if self._saved is not None:
+            self._save(now)
 
     def _load(self) -> None:
-        if not self._is_loaded:
-            saved = self._try("reading the list of services", self._read)
-            if saved is not None:
-                self._is_loaded = True
-                self._absent = {**saved, **self._absent}
+        saved = self._try("reading the list of services", self._read)
+        if saved is not None:
+            self._saved = set()  # it is written once in each run
+            self._absent = {**saved, **self._absent}
 
     def _read(self) -> dict[str, float]:
         try:
-            saved = json.loads(read_bytes(f"{self._folder}/services", 4096))
-            return {s: float(saved[s]) for s in SERVICES if 0 <= saved.get(s, -1) < math.inf}
-        except FileNotFoundError:
-            pass
-        except (ValueError, TypeError, AttributeError, RecursionError):
-            return {}  # it is damaged: the services will be seen again
-        with contextlib.suppress(FileNotFoundError):  # version 1.0.0 saved the role alone
-            role = read_bytes(f"{self._folder}/role", 100).decode("utf-8", "replace").strip()
+            text = read_bytes(f"{self._folder}/services", 4096)
+        except FileNotFoundError:  # version 1.0.0 saved the role alone
+            role = read_feature(f"{self._folder}/role").decode("utf-8", "replace").strip()
             return {service: 0.0 for service in SERVICES if role_of(service) == role}
-        return {}
+        with contextlib.suppress(ValueError, TypeError, AttributeError, RecursionError):
+            saved = json.loads(text)
+            return {s: float(saved[s]) for s in SERVICES if 0 <= saved.get(s, -1) < math.inf}
+        return {}  # it is damaged: the services will be seen again
 
     def _save(self, now: float) -> None:
         is_late = any(self._absent.values()) and now - self._saved_at >= self.SAVE_EVERY_S
-        is_due = is_late or self._saved != self._absent.keys()
-        if self._folder and self._is_loaded and is_due:
+        if is_late or self._saved != self._absent.keys():
             text = json.dumps({service: round(s) for service, s in self._absent.items()})
             write = functools.partial(self._write, text)
             if self._try("writing the list of services", write):

@@ -15,10 +15,16 @@ from typing import Any
 
 import psutil
 import pytest
-from conftest import FakeClock, eventually, make_config
+from conftest import FakeClock, eventually
+from conftest import make_config as config_of
 from dashboard import SAMPLE
 
 import tinomail_agent as agent
+
+
+def make_config(**settings: Any) -> agent.Config:
+    """Return a Config; a ZoneMTA that runs on this machine is not asked."""
+    return config_of(**{"zonemta_url": "off", **settings})
 
 
 def body_of(collector: agent.Collector) -> dict[str, Any]:

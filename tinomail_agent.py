@@ -2509,11 +2509,6 @@ class Known:
     identity: Identity
     cmdline: bytes | None = None  # None: not needed, or it could not be read yet
 
-    @property
-    def is_settled(self) -> bool:
-        """Tell whether it is known to belong to no service."""
-        return not self.identity.service and not (self.candidates and self.cmdline is None)
-
 
 class ProcessTable:
     """Finds the mail services in /proc and measures them.
@@ -2531,7 +2526,6 @@ class ProcessTable:
         self._worker = worker
         self._cgroup_root = cgroup_root
         self._watched = {comm: service for service, comm in watched}
-        self._services = tuple(dict.fromkeys((*SERVICES, *self._watched.values())))
         self._meter = Meter(clock)
         self._known: dict[int, Known] = {}  # by pid
         self._node_processes = 0  # how many share Node's program
@@ -2572,13 +2566,11 @@ class ProcessTable:
         looked = []
         for pid, inode in self._list():
             known = before.get(pid)
-            if known and known.inode == inode and known.is_settled and not self._is_due(known):
+            if known and known.inode == inode and not self._is_due(known):
                 self._known[pid] = known
                 continue
-            try:
+            with contextlib.suppress(*ENDED):
                 looked.append(self._look_at(pid, inode, known))
-            except ENDED:
-                continue
         looked = self._identify(looked)
         self._known |= {known.process.pid: known for known in looked}
         return looked
@@ -2589,8 +2581,11 @@ class ProcessTable:
             return [(int(e.name), e.inode()) for e in entries if e.name.isdigit()]
 
     def _is_due(self, known: Known) -> bool:
+        """Tell whether a process is read in this sample: it may still turn out to be a service."""
+        is_unclear = known.candidates and known.cmdline is None
         is_new = self._round - known.since < LOOK_AGAIN
-        return is_new or (self._round + known.process.pid) % LOOK_AGAIN == 0
+        is_its_turn = (self._round + known.process.pid) % LOOK_AGAIN == 0
+        return bool(known.identity.service or is_unclear or is_new or is_its_turn)
 
     def _look_at(self, pid: int, inode: int, known: Known | None) -> Known:
         """Read all but the command line, which may hang."""
@@ -2646,7 +2641,7 @@ class ProcessTable:
             known.identity.service in NODE_SERVICES or bool(NODE_COMM.match(known.process.comm))
             for known in self._known.values() if known.cgroup in node_cgroups
         )
-        members: dict[str, list[Known]] = {service: [] for service in self._services}
+        members: dict[str, list[Known]] = {s: [] for s in (*SERVICES, *self._watched.values())}
         for service, known in ours:
             if known.identity.proof != "unit" or (service, known.cgroup) not in named:
                 members[service].append(known)
@@ -3001,9 +2996,7 @@ def read_listen_overflows(proc: str) -> dict[str, Any]:
     return {} if found is None else {"listen_overflows": int(found)}
 
 
-def check_by_connect(
-    host: str, ports: Iterable[int], limit_s: float = PORT_CHECK_LIMIT_S
-) -> dict[int, bool]:
+def check_by_connect(host: str, ports: Iterable[int]) -> dict[int, bool]:
     """Connect to all ports at once and send nothing; return port -> whether it accepted.
 
     Raises OSError if this machine has no socket or local port left to try with.
@@ -3012,7 +3005,7 @@ def check_by_connect(
     waiting: dict[int, tuple[int, socket.socket]] = {}
     poll = select.poll()
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    deadline = time.monotonic() + limit_s
+    deadline = time.monotonic() + PORT_CHECK_LIMIT_S
     with contextlib.ExitStack() as stack:
         for port in result:
             sock = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)

@@ -430,6 +430,20 @@ def test_memory_is_what_the_cgroup_accounts_for(
     assert table.read()["rspamd"]["memory_mb"] == memory_mb
 
 
+@pytest.mark.parametrize("has_cgroup", [False, True])
+def test_little_memory_of_files_and_shared_counts(
+    has_cgroup: bool, proc: FakeProc, clock: FakeClock, tmp_path: Path
+) -> None:
+    """1,000 KiB of its own, and 700 of its program or of shared memory."""
+    root, path = tmp_path / "cgroups", "system.slice/mongod.service"
+    if has_cgroup:
+        make_cgroup(root, path, "50\n", f"anon {1000 * 1024}\nfile_mapped {700 * 1024}\n")
+    proc.add(50, "mongod", cgroup=f"0::/{path}\n", anon=1000,
+             shared=0 if has_cgroup else agent.COMMON_LIBRARIES_KIB + 700)
+    table = make_table(proc, clock, cgroup_root=str(root))
+    assert table.read()["mongodb"]["memory_mb"] == 1.7
+
+
 def test_memory_that_was_charged_elsewhere(
     proc: FakeProc, clock: FakeClock, tmp_path: Path
 ) -> None:

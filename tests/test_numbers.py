@@ -718,6 +718,18 @@ def test_a_full_accept_queue_counts_as_down(deaf_port: int) -> None:
     assert agent.check_by_listener("127.0.0.1", (deaf_port,)) == {deaf_port: False}
 
 
+def test_an_accept_queue_that_holds_its_limit_takes_one_more() -> None:
+    """As the kernel sees it (sk_acceptq_is_full): more than the backlog is full."""
+    with socket.create_server(("127.0.0.1", 0), backlog=1) as listener:
+        port = listener.getsockname()[1]
+        with socket.create_connection(("127.0.0.1", port)):
+            [one] = [one for one in agent.listeners("/proc") if one.port == port]
+            assert (one.queued, one.limit) == (1, 1)
+            assert agent.check_by_listener("127.0.0.1", (port,)) == {port: True}
+            assert agent.check_by_connect("127.0.0.1", (port,)) == {port: True}
+            assert agent.check_by_listener("127.0.0.1", (port,)) == {port: False}
+
+
 def test_ports_that_do_not_answer_cost_the_limit_once(deaf_port: int) -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         up = listener.getsockname()[1]

@@ -2044,7 +2044,7 @@ class Meter:
         return found
 
 
-def sum_of_two(rates: Rates) -> tuple[int | None, int | None]:
+def total_rates(rates: Rates) -> tuple[int | None, int | None]:
     """Return the rates of two counters, summed over all names; None if one is missing."""
     known = [rate for rate in rates.values() if rate]
     if not known or len(known) < len(rates):
@@ -2286,12 +2286,14 @@ class DiskReader:
             calls = {f"disk {_printable(mount.path)}": functools.partial(read_disk, mount)
                      for mount in table.local_disks()}
         else:
-            calls = {f"disk {path} of DISK_PATHS": functools.partial(read_disk_of, path, table)
+            calls = {f"disk {path} of DISK_PATHS": functools.partial(read_disk_at, path, table)
                      for path in self.paths}
         answers = self.worker.run(calls)
         for name, answer in answers.items():
             if isinstance(answer, Exception):
                 self.missing(name, getattr(answer, "strerror", None) or _reason(answer))
+            elif answer is None and self.paths is not None:
+                self.missing(name, "it has no size, or is read-only and always full")
         rows = {row["mount"]: row for row in answers.values() if isinstance(row, dict)}
         ranked = sorted(rows.values(), key=lambda row: -row["used_percent"])
         found: dict[str, Any] = {"disks": ranked[:DISKS_LIMIT]} if ranked else {}
@@ -2325,11 +2327,8 @@ def read_disk(mount: Mount) -> dict[str, Any] | None:
     return row
 
 
-def read_disk_of(path: str, table: MountTable) -> dict[str, Any]:
-    """Return the row of the file system that a path is on; raises OSError if it has none."""
-    if row := read_disk(table.find(path)):
-        return row
-    raise OSError(errno.EROFS, "it has no size, or is read-only and always full")
+def read_disk_at(path: str, table: MountTable) -> dict[str, Any] | None:
+    return read_disk(table.find(path))
 
 
 def parse_diskstats(data: bytes) -> dict[str, tuple[int, int]]:
@@ -2364,7 +2363,7 @@ class DiskIoReader:
         chosen = {name: counters[name] for name in [*(physical or disks), *uncounted]}
         if not chosen:
             raise ValueError(f"no disk in {self._block}")
-        read, written = sum_of_two(self._meter.rates(chosen))
+        read, written = total_rates(self._meter.rates(chosen))
         return {"disk_read_bytes_sec": read, "disk_write_bytes_sec": written}
 
     def _is_lowest(self, name: str) -> bool:
@@ -2396,7 +2395,7 @@ class NetworkReader:
         chosen = {name: counters[name] for name in names if name in counters}
         if not chosen:
             raise ValueError("no interface but lo, or none of NET_INTERFACES")
-        received, sent = sum_of_two(self._meter.rates(
+        received, sent = total_rates(self._meter.rates(
             {name: (its.bytes_recv, its.bytes_sent) for name, its in chosen.items()}
         ))
         return {
@@ -2833,7 +2832,9 @@ def identify(comm: str, cmdline: bytes, cgroup: str = "") -> Identity:
     if args == [""]:
         args = [comm]
     if service := native_service(comm):
-        is_other = is_script(comm, args) or any(NOT_THE_SERVER.fullmatch(arg) for arg in args)
+        names = [os.path.basename(arg)[:15] for arg in args]
+        is_script = names[0] != comm and comm in names[1:]  # args[0] is its interpreter
+        is_other = is_script or any(NOT_THE_SERVER.fullmatch(arg) for arg in args)
         return NOBODY if is_other else Identity(service)
     unit = next(iter(unit_services(cgroup)), None)
     if len(args) == 1 and args[0][:15].rstrip() == comm.rstrip():
@@ -2866,12 +2867,6 @@ def candidates_of(comm: str, cgroup: str) -> tuple[str, ...]:
 
 def native_service(comm: str) -> str | None:
     return "redis" if RENAMED_REDIS.fullmatch(comm) else SERVICE_COMMS.get(comm)
-
-
-def is_script(comm: str, args: list[str]) -> bool:
-    """Tell whether comm is the name of a script: the first argument is its interpreter then."""
-    names = [os.path.basename(arg)[:15] for arg in args]
-    return names[0] != comm and comm in names[1:]
 
 
 def unit_services(cgroup: str) -> tuple[str, ...]:
@@ -3215,9 +3210,10 @@ class ServicesSeen:
         """Make a call that may hang; log why if it fails, and return None."""
         try:
             result = in_time(self._worker, name, call)()
+        except TimeoutError:
+            return None  # the worker logs what hangs
         except OSError as error:
-            if name not in self._worker.hanging():  # the worker has logged that
-                self._problems.begin("file", f"{name} failed", _reason(error))
+            self._problems.begin("file", f"{name} failed", _reason(error))
             return None
         self._problems.end("file", f"{name} works again")
         return result

@@ -489,16 +489,16 @@ def test_one_bad_reading_is_never_the_base(
     found = []
     for reading in readings[1:]:
         clock.advance(10)
-        found.append(agent.sum_of_two(meter.rates({"sda": (reading, 0)}))[0])
+        found.append(agent.total_rates(meter.rates({"sda": (reading, 0)}))[0])
     assert found == rates
 
 
 def test_no_rate_without_time_or_a_device() -> None:
     meter = agent.Meter(FakeClock().monotonic)
     meter.rates({"sda": (0, 0)})
-    assert agent.sum_of_two(meter.rates({"sda": (10, 10)})) == (None, None)
-    assert agent.sum_of_two({"sda": [1.0, 2.0], "sdb": None}) == (None, None)
-    assert agent.sum_of_two({}) == (None, None)
+    assert agent.total_rates(meter.rates({"sda": (10, 10)})) == (None, None)
+    assert agent.total_rates({"sda": [1.0, 2.0], "sdb": None}) == (None, None)
+    assert agent.total_rates({}) == (None, None)
 
 
 def test_no_interface_is_not_zero_traffic() -> None:
@@ -513,7 +513,7 @@ def test_a_new_device_does_not_bring_its_past_with_it() -> None:
     meter.rates({"sda": (100, 100)})
     clock.advance(10)
     rates = meter.rates({"sda": (200, 100), "sdb": (10**12, 10**12)})
-    assert agent.sum_of_two(rates) == (10, 0)
+    assert agent.total_rates(rates) == (10, 0)
 
 
 @pytest.mark.parametrize("heads_count", [False, True])

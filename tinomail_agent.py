@@ -2506,6 +2506,7 @@ class Known:
     cgroup: str  # the text of /proc/PID/cgroup
     candidates: tuple[str, ...]  # the services that it may belong to, by comm and unit
     identity: Identity
+    is_none: bool  # it is known to belong to no service
     cmdline: bytes | None = None  # None: not needed, or it could not be read yet
 
 
@@ -2565,8 +2566,10 @@ class ProcessTable:
         looked = []
         for pid, inode in self._list():
             known = before.get(pid)
-            if known and known.inode == inode and not self._is_due(known):
-                self._known[pid] = known
+            if (known and known.inode == inode and known.is_none
+                    and self._round - known.since >= LOOK_AGAIN
+                    and (self._round + pid) % LOOK_AGAIN):
+                self._known[pid] = known  # it is not read in this sample
                 continue
             with contextlib.suppress(*ENDED):
                 looked.append(self._look_at(pid, inode, known))
@@ -2578,13 +2581,6 @@ class ProcessTable:
         """Return (pid, inode of /proc/PID) of all processes; nothing of them is read."""
         with os.scandir(self._proc) as entries:
             return [(int(e.name), e.inode()) for e in entries if e.name.isdigit()]
-
-    def _is_due(self, known: Known) -> bool:
-        """Tell whether a process is read in this sample: it may still turn out to be a service."""
-        is_unclear = known.candidates and known.cmdline is None
-        is_new = self._round - known.since < LOOK_AGAIN
-        is_its_turn = (self._round + known.process.pid) % LOOK_AGAIN == 0
-        return bool(known.identity.service or is_unclear or is_new or is_its_turn)
 
     def _look_at(self, pid: int, inode: int, known: Known | None) -> Known:
         """Read all but the command line, which may hang."""
@@ -2599,8 +2595,9 @@ class ProcessTable:
             since -= LOOK_AGAIN
         cgroup = sys.intern(os.fsdecode(read_bytes(f"{self._proc}/{pid}/cgroup")))
         candidates = candidates_of(process.comm, cgroup)
-        watched = None if candidates else self._watched.get(process.comm)
-        return Known(process, inode, since, cgroup, candidates, Identity(watched))
+        identity = NOBODY if candidates else Identity(self._watched.get(process.comm))
+        is_none = not candidates and not identity.service
+        return Known(process, inode, since, cgroup, candidates, identity, is_none)
 
     def _identify(self, looked: list[Known]) -> list[Known]:
         """Read the command lines that are needed; return the processes that have not ended."""
@@ -2623,6 +2620,7 @@ class ProcessTable:
                 known.identity = identify(comm, cmdline or b"", known.cgroup)
                 if cmdline is not None and not known.identity.service:
                     known.identity = Identity(self._watched.get(comm))
+                known.is_none = cmdline is not None and not known.identity.service
             present.append(known)
         return present
 
@@ -2814,9 +2812,7 @@ NOT_SERVING = frozenset(
 )
 
 
-def classify(
-    comm: str, cmdline: bytes, *, cgroup: str = "", state: str = "S"
-) -> str | None:
+def classify(comm: str, cmdline: bytes, *, cgroup: str = "", state: str = "S") -> str | None:
     """Return the service that a process belongs to, None for none.
 
     cmdline: the bytes of /proc/PID/cmdline, which a zombie does not have. cgroup: the text of

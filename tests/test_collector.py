@@ -444,12 +444,24 @@ def test_little_memory_of_files_and_shared_counts(
     assert table.read()["mongodb"]["memory_mb"] == 1.7
 
 
+@pytest.mark.parametrize("anon", [4096, 7 << 20])
 def test_memory_that_was_charged_elsewhere(
-    proc: FakeProc, clock: FakeClock, tmp_path: Path
+    anon: int, proc: FakeProc, clock: FakeClock, tmp_path: Path
 ) -> None:
     """A process that was moved into its cgroup later left its pages with the one before."""
     root = tmp_path / "cgroups"
-    make_cgroup(root, "system.slice/rspamd.service", "50\n", "anon 4096\nfile_mapped 0\n")
+    make_cgroup(root, "system.slice/rspamd.service", "50\n", f"anon {anon}\nfile_mapped 0\n")
+    proc.add(50, "rspamd", cgroup=V2, anon=8 * 1024, shared=1024)
+    table = make_table(proc, clock, cgroup_root=str(root))
+    assert table.read()["rspamd"]["memory_mb"] == 8.0
+
+
+def test_a_cgroup_with_others_below_it_accounts_for_theirs_too(
+    proc: FakeProc, clock: FakeClock, tmp_path: Path
+) -> None:
+    root = tmp_path / "cgroups"
+    make_cgroup(root, "system.slice/rspamd.service", "50\n", "anon 99999744\nfile_mapped 0\n")
+    (root / "system.slice/rspamd.service/another").mkdir()
     proc.add(50, "rspamd", cgroup=V2, anon=8 * 1024, shared=1024)
     table = make_table(proc, clock, cgroup_root=str(root))
     assert table.read()["rspamd"]["memory_mb"] == 8.0

@@ -125,6 +125,13 @@ def test_the_oldest_is_the_main_one_of_several(proc: FakeProc, clock: FakeClock)
     assert table.read()["redis"]["pid"] == 90
 
 
+def test_a_child_of_the_same_moment_is_not_the_main_one(proc: FakeProc, clock: FakeClock) -> None:
+    """Its pid may be lower, once the kernel has given away the highest."""
+    proc.add(900, "rspamd", start=500)
+    proc.add(52, "rspamd", start=500, ppid=900)
+    assert make_table(proc, clock).read()["rspamd"]["pid"] == 900
+
+
 @pytest.mark.parametrize(("state", "status"), [("R", "running"), ("D", "running"),
                                                ("T", "stopped"), ("t", "stopped"),
                                                ("Z", "stopped")])
@@ -241,6 +248,20 @@ def test_a_new_process_with_an_old_pid_brings_no_absurd_rate(
     clock.advance(10)
     proc.add(60, "mongod", ticks=3, start=200)
     assert table.read()["mongodb"]["cpu_percent"] < 1
+
+
+def test_the_cpu_time_of_a_process_that_has_just_started_counts(
+    proc: FakeProc, clock: FakeClock
+) -> None:
+    """As of a daemon in a crash loop. Of one that ran before the agent, nothing is known yet."""
+    table = make_table(proc, clock)
+    table.read()
+    clock.advance(10)
+    now = int(time.clock_gettime(time.CLOCK_BOOTTIME) * agent.CLOCK_TICKS)
+    proc.add(60, "mongod", ticks=2 * agent.CLOCK_TICKS, start=now)
+    proc.add(61, "redis-server", ticks=2 * agent.CLOCK_TICKS, start=now - 60 * agent.CLOCK_TICKS)
+    found = table.read()
+    assert (found["mongodb"]["cpu_percent"], found["redis"]["cpu_percent"]) == (20.0, 0.0)
 
 
 def test_cpu_time_that_goes_back(proc: FakeProc, clock: FakeClock) -> None:

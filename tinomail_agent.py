@@ -2585,14 +2585,11 @@ class ProcessTable:
     def _look_at(self, pid: int, inode: int, known: Known | None) -> Known:
         """Read all but the command line, which may hang."""
         process = parse_stat(read_bytes(f"{self._proc}/{pid}/stat"))
-        since = self._round
-        if known and known.process.start_ticks == process.start_ticks:
-            if known.process.comm == process.comm:
-                known.process, known.inode = process, inode
-                return known
-            since = known.since
-        elif age_s(process) > OLD_PROCESS_S:
-            since -= LOOK_AGAIN
+        if (known and known.process.comm == process.comm
+                and known.process.start_ticks == process.start_ticks):
+            known.process, known.inode = process, inode
+            return known
+        since = self._round - (LOOK_AGAIN if age_s(process) > OLD_PROCESS_S else 0)
         cgroup = sys.intern(os.fsdecode(read_bytes(f"{self._proc}/{pid}/cgroup")))
         candidates = candidates_of(process.comm, cgroup)
         identity = NOBODY if candidates else Identity(self._watched.get(process.comm))

@@ -224,6 +224,36 @@ def test_a_helper_beside_the_daemon_is_none(proc: FakeProc, clock: FakeClock) ->
     assert (found["pid"], found["memory_mb"]) == (71, 3.0)
 
 
+def test_a_dead_process_of_its_name_makes_no_other_a_helper(
+    proc: FakeProc, clock: FakeClock
+) -> None:
+    unit = "0::/system.slice/wildduck.service\n"
+    proc.add(70, "node", b"node\0index.js\0", cgroup=unit)
+    proc.add(71, "wildduck", state="Z", cgroup=unit)
+    found = make_table(proc, clock).read()["wildduck"]
+    assert (found["status"], found["pid"]) == ("running", 70)
+
+
+def test_what_may_be_a_service_and_hangs_is_not_reported_as_missing(
+    proc: FakeProc, clock: FakeClock
+) -> None:
+    """Another process shows that Haraka runs; of the other services on Node nothing is known."""
+    missing: list[str] = []
+    table = agent.ProcessTable(
+        str(proc.root), clock.monotonic, lambda name, why: missing.append(name),
+        agent.Worker(0.5, agent.Problems()),
+    )
+    proc.add(60, "node", b"node\0/opt/haraka/bin/haraka\0")
+    proc.add(70, "node")
+    (proc.root / "70/cmdline").unlink()
+    os.mkfifo(proc.root / "70/cmdline")
+    found = table.read()
+    os.close(os.open(proc.root / "70/cmdline", os.O_WRONLY | os.O_NONBLOCK))
+    assert found["haraka"]["pid"] == 60
+    assert found["redis"]["status"] == "not_found"
+    assert sorted(missing) == ["wildduck", "zonemta"] and not {*missing} & {*found}
+
+
 def test_the_children_of_a_zonemta_that_bears_another_name(
     proc: FakeProc, clock: FakeClock
 ) -> None:
@@ -348,11 +378,15 @@ def test_a_wrapper_that_becomes_the_daemon_under_the_same_name(
     assert found[-1] == "running"
 
 
-def test_a_no_is_looked_at_now_and_then(proc: FakeProc, clock: FakeClock) -> None:
+@pytest.mark.parametrize(("age_s", "at_first"), [(5, agent.LOOK_AGAIN), (9999, 1)])
+def test_a_no_is_looked_at_now_and_then(
+    age_s: float, at_first: int, proc: FakeProc, clock: FakeClock
+) -> None:
     """A process may call exec() at any time; of most, nothing is read in most samples."""
     table = make_table(proc, clock)
+    started = time.clock_gettime(time.CLOCK_BOOTTIME) - age_s
     for pid in range(70, 90):
-        proc.add(pid, "bash", b"bash\0")
+        proc.add(pid, "bash", b"bash\0", start=int(started * agent.CLOCK_TICKS))
     read: list[str] = []
     real = agent.read_bytes
 
@@ -362,7 +396,7 @@ def test_a_no_is_looked_at_now_and_then(proc: FakeProc, clock: FakeClock) -> Non
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(agent, "read_bytes", count)
-        for _ in range(2 * agent.LOOK_AGAIN):
+        for _ in range(at_first):
             table.read()
         read.clear()
         for _ in range(agent.LOOK_AGAIN):
@@ -506,6 +540,16 @@ def test_the_program_of_node_is_shared_between_services(
     table = make_table(proc, clock, cgroup_root=str(root))
     found = table.read()
     assert (found["haraka"]["memory_mb"], found["zonemta"]["memory_mb"]) == (50 + 9, 50 + 27)
+
+
+def test_the_program_of_node_is_shared_with_tools_beside_the_service(
+    proc: FakeProc, clock: FakeClock
+) -> None:
+    proc.add(50, "node", b"node\0/opt/haraka/bin/haraka\0", cgroup="0::/pm2\n", shared=42 * 1024)
+    proc.add(51, "npm start", b"npm start\0\0", cgroup="0::/pm2\n")
+    proc.add(52, "bash", b"bash\0", cgroup="0::/pm2\n")
+    proc.add(53, "node", b"node\0other.js\0", cgroup="0::/elsewhere\n")
+    assert make_table(proc, clock).read()["haraka"]["memory_mb"] == 1 + 36 / 2
 
 
 def test_two_instances_with_a_cgroup_each(

@@ -247,11 +247,13 @@ def test_what_may_be_a_service_and_hangs_is_not_reported_as_missing(
     proc.add(70, "node")
     (proc.root / "70/cmdline").unlink()
     os.mkfifo(proc.root / "70/cmdline")
-    found = table.read()
+    for _ in range(agent.LOOK_AGAIN + 1):
+        missing.clear()
+        found = table.read()
+        assert found["haraka"]["pid"] == 60
+        assert found["redis"]["status"] == "not_found"
+        assert sorted(missing) == ["wildduck", "zonemta"] and not {*missing} & {*found}
     os.close(os.open(proc.root / "70/cmdline", os.O_WRONLY | os.O_NONBLOCK))
-    assert found["haraka"]["pid"] == 60
-    assert found["redis"]["status"] == "not_found"
-    assert sorted(missing) == ["wildduck", "zonemta"] and not {*missing} & {*found}
 
 
 def test_the_children_of_a_zonemta_that_bears_another_name(

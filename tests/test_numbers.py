@@ -365,6 +365,19 @@ def test_the_fullest_disk_is_the_one_reported(monkeypatch: pytest.MonkeyPatch) -
     }
 
 
+@pytest.mark.parametrize(
+    ("option", "free", "share"), [("ro", 0, None), ("rw", 0, 100.0), ("ro", 1, 100.0)]
+)
+def test_always_full_is_what_is_read_only_without_a_free_block(
+    option: str, free: int, share: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answer = os.statvfs_result((4096, 4096, 1000, free, 0, 0, 0, 0, 0, 255))
+    monkeypatch.setattr(os, "statvfs", lambda _: answer)
+    mount = agent.Mount(30, 27, "8:1", "/", "/srv", "ext4", "/dev/sda1", (option,))
+    row = agent.read_disk(mount)
+    assert (row and row["used_percent"]) == share
+
+
 def test_a_network_file_system_is_never_touched(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -456,6 +469,28 @@ def test_disk_rates_count_each_physical_device_once(tmp_path: Path) -> None:
         "disk_read_bytes_sec": 1600 * 512 // 10,
         "disk_write_bytes_sec": 20 * 512 // 10,
     }
+
+
+@pytest.mark.parametrize(("has_disk", "expected"), [(True, 100), (False, 300)])
+def test_devices_without_hardware_count_only_where_there_is_no_disk(
+    has_disk: bool, expected: int, tmp_path: Path
+) -> None:
+    """A network block device (300) below a cache (900); DRBD, too, has no device of its own."""
+    names = {"nbd0": 300, "bcache0": 900} | ({"sda": 100} if has_disk else {})
+    (tmp_path / "proc").mkdir()
+    for name in names:
+        (tmp_path / "sys/block" / name / "slaves").mkdir(parents=True)
+    (tmp_path / "sys/block/bcache0/slaves/nbd0").mkdir()
+    if has_disk:
+        (tmp_path / "sys/block/sda/device").mkdir()
+    collector, clock = machine_collector(tmp_path)
+    found = {}
+    for times in (0, 1):
+        rows = [f"1 0 {name} 1 0 {times * n} 0 1 0 0 0 0 0 0" for name, n in names.items()]
+        (tmp_path / "proc/diskstats").write_text("\n".join(rows) + "\n")
+        found = collector.readers["disk_io"]()
+        clock.advance(1)
+    assert found["disk_read_bytes_sec"] == expected * 512
 
 
 def test_a_counter_that_went_backwards_gives_no_rate(tmp_path: Path) -> None:

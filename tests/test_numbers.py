@@ -272,6 +272,13 @@ def test_what_is_hidden_below_another_mount_is_no_disk() -> None:
     assert disks_of(ROOT_ON_DISK, "30 27 8:1 / /srv/mail//deleted rw - xfs /dev/sda1 rw") == ["/"]
 
 
+def test_of_a_disk_that_is_mounted_twice_the_whole_and_the_short_path_are_shown() -> None:
+    disk = "8:1 {} {} rw - xfs /dev/sda1 rw"
+    some, whole = disk.format("/some", "/a"), disk.format("/", "/srv/mail")
+    again = disk.format("/", "/mnt/mail/of/all")
+    assert disks_of(f"30 27 {some}", f"31 27 {again}", f"32 27 {whole}") == ["/srv/mail"]
+
+
 def test_a_root_upon_another_root() -> None:
     """As an initramfs leaves it, the first its own parent; and a chroot(2) without any."""
     assert disks_of("1 1 0:2 / / rw - rootfs rootfs rw", ROOT_ON_DISK) == ["/"]

@@ -3061,7 +3061,7 @@ def _address(local: bytes) -> bytes:
 
 
 def check_by_listener(host: str, ports: Iterable[int], proc: str = "/proc") -> dict[int, bool]:
-    """Return port -> whether a listener serves this address and its queue is not over full."""
+    """Return port -> whether a listener serves this address and has room in its queue."""
     wanted = socket.inet_pton(socket.AF_INET6 if ":" in host else socket.AF_INET, host)
     up = {one.port for one in listeners(proc) if one.queued <= one.limit and one.serves(wanted)}
     return {port: port in up for port in ports}
@@ -3103,16 +3103,16 @@ def ports_of(role: str, services: Iterable[str]) -> tuple[int, ...]:
     if role in ROLE_PORTS:
         return ROLE_PORTS[role]
     named = [service for service in SERVICES if role.lower().startswith(service)]
-    ports = [port for service in named or services for port in SERVICES[service]]
+    ports = [port for service in named or services for port in SERVICES.get(service, ())]
     return tuple(dict.fromkeys(ports)) or MAIL_PORTS
 
 
 class ServicesSeen:
     """The services that count as seen on this node.
 
-    A service counts as seen once it has run for 10 minutes, or for three samples in a row in the
-    agent's first 10 minutes; until it has been absent for 7 days. A process that runs for a
-    moment, whatever its name, changes nothing.
+    A service counts as seen once it has run for 10 minutes (in the agent's first 10 minutes: for
+    three samples in a row). It no longer counts once it has been absent for 7 days. A process
+    that runs for a moment, whatever its name, changes nothing.
 
     The file `services` holds {service: seconds of absence}. It is written when the services
     change, and every hour while one of them is absent.

@@ -272,6 +272,17 @@ def test_what_is_hidden_below_another_mount_is_no_disk() -> None:
     assert disks_of(ROOT_ON_DISK, "30 27 8:1 / /srv/mail//deleted rw - xfs /dev/sda1 rw") == ["/"]
 
 
+def test_btrfs_on_a_loop_device_is_no_disk() -> None:
+    """Its device number does not tell."""
+    assert disks_of(ROOT_ON_DISK, "30 27 0:50 / /mnt/image rw - btrfs /dev/loop9 rw") == ["/"]
+
+
+def test_a_remote_root_is_not_read() -> None:
+    mounts = agent.parse_mountinfo(b"27 1 0:40 / / rw - nfs4 server:/root rw\n")
+    with pytest.raises(OSError, match="are not read"):
+        agent.MountTable(mounts).find("/")
+
+
 def test_of_a_disk_that_is_mounted_twice_the_whole_and_the_short_path_are_shown() -> None:
     disk = "8:1 {} {} rw - xfs /dev/sda1 rw"
     some, whole = disk.format("/some", "/a"), disk.format("/", "/srv/mail")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -747,6 +748,22 @@ def test_a_dual_stack_listener_serves_ipv4(v6only: bool) -> None:
         port = listener.getsockname()[1]
         assert agent.check_by_connect("127.0.0.1", (port,)) == {port: not v6only}
         assert agent.check_by_listener("127.0.0.1", (port,)) == {port: not v6only}
+
+
+def test_both_families_count_without_sock_diag(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: int) -> None:
+        raise OSError("no tcp_diag")
+
+    monkeypatch.setattr(agent, "dump_tcp", refuse)
+    for family, host in ((socket.AF_INET, "127.0.0.1"), (socket.AF_INET6, "::1")):
+        with socket.create_server((host, 0), family=family) as listener:
+            address = listener.getsockname()[:2]
+            assert agent.check_by_listener(host, (address[1],)) == {address[1]: True}
+            before = agent.read_tcp("/proc")["tcp_established"]
+            with contextlib.ExitStack() as stack:
+                for _ in range(50):
+                    stack.enter_context(socket.create_connection(address))
+                assert agent.read_tcp("/proc")["tcp_established"] >= before + 60
 
 
 def test_an_ipv4_address_in_ipv6_clothes() -> None:

@@ -2231,8 +2231,9 @@ class MountTable:
     def way(self, path: str) -> Iterator[tuple[str, Mount]]:
         """Yield each directory on the way to an absolute path, with each mount entered there."""
         here = Mount(-1, -1, "", "/", "/", "", "", ())
-        names = (f"/{name}" for name in path.split("/") if name)
-        for place in ("/", *itertools.accumulate(names)):
+        names = [name for name in path.split("/") if name]
+        for count in range(len(names) + 1):
+            place = "/" + "/".join(names[:count])
             while upper := self._by_place.get((here.mount_id, place)):
                 here = upper
                 yield place, here
@@ -3196,7 +3197,8 @@ class ServicesSeen:
         with open(f"{path}.new", "w") as stream:
             stream.write(text)
         os.replace(f"{path}.new", path)
-        _unlink(f"{self._folder}/role")
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(f"{self._folder}/role")
         return True
 
     def _try(self, name: str, call: Callable[[], T]) -> T | None:

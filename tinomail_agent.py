@@ -3204,7 +3204,7 @@ class ServicesSeen:
     def _try(self, name: str, call: Callable[[], T]) -> T | None:
         """Make a call that may hang; log why if it fails, and return None."""
         try:
-            result = in_time(self._worker, name, call)()
+            result = self._worker.call(name, call)
         except TimeoutError:
             return None  # the worker logs what hangs
         except OSError as error:

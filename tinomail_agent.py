@@ -2793,7 +2793,9 @@ UNIT_SCRIPT = re.compile(r"(?!.*node_modules/)(.*/)?(server|worker|index|app|har
 
 # Titles of tools that run on Node, and start or watch other processes.
 NODE_TOOLS = r"(npm|npx|pnpm|yarn|corepack|PM2|pm2|nodemon|forever|concurrently|cross-env|dotenv)\b"
-NODE_TOOL = re.compile(rf"{NODE_TOOLS}.*")
+# Titles that no service has. systemd names its own child (node) before it starts node, and
+# (sd-pam) beside it.
+NOT_A_TITLE = re.compile(rf"\(.*|{NODE_TOOLS}.*")
 NODE_COMM = re.compile(rf"(node(js)?|(node-)?MainThread)$|node |{NODE_TOOLS}")
 NODE_OPTIONS_WITH_VALUE = frozenset(
     "-r --require --import --loader --experimental-loader -C --conditions --title --input-type "
@@ -2833,7 +2835,7 @@ def identify(comm: str, cmdline: bytes, cgroup: str = "") -> Identity:
     unit = next(iter(unit_services(cgroup)), None)
     if len(args) == 1 and args[0][:15].rstrip() == comm.rstrip():
         title = args[0]
-        if NODE_TOOL.fullmatch(title):
+        if NOT_A_TITLE.fullmatch(title):
             return NOBODY
         if service := first_match(SERVICE_TITLES, title):
             return Identity(service)

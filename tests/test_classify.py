@@ -145,6 +145,7 @@ def test_the_unit_tells_when_nothing_else_does(
      ("node", b"node\0/opt/node_modules/.bin/nodemon\0haraka.js\0"),
      ("node", b"node\0/opt/node_modules/.bin/pm2-runtime\0start\0haraka.js\0"),
      ("node", b"node\0/opt/node_modules/tool/index.js\0"), ("yarn start", b"yarn start\0\0\0"),
+     ("(sd-pam)", b"(sd-pam)" + bytes(50)), ("(node)", b"(node)" + bytes(52)),
      ("nodemon", b"nodemon\0\0\0"), ("my-long-exporte", b"my-long-exporter-name\0")],
 )
 def test_not_everything_in_a_unit_is_the_service(comm: str, cmdline: bytes) -> None:

@@ -3,6 +3,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 API ?= v1
+BESIDE := -n 3 --dist loadfile --no-loadscope-reorder
 PY := $(VENV)/bin/python
 VERSION = $(shell sed -n 's/^VERSION = "\(.*\)"/\1/p' tinomail_agent.py)
 BUNDLE = dist/tinomail-agent-$(VERSION).tar.gz
@@ -16,11 +17,12 @@ run: $(VENV)/.run
 
 test: lint unit
 
-# First the tests that compare this machine's numbers, alone; then those that mostly wait.
+# First the tests that compare this machine's numbers, with nothing beside them. All others
+# mostly wait: three files at a time.
 unit: $(VENV)/.test
 	@$(PY) tests/prospects.py
-	@$(PY) -m pytest -m "not service and not long"
-	@$(PY) -m pytest -m "service or long" -n 3 --dist loadfile
+	@$(PY) -m pytest -m alone
+	@$(PY) -m pytest -m "not alone" $(BESIDE)
 
 lint: $(VENV)/.test
 	@$(VENV)/bin/ruff check .

@@ -60,6 +60,7 @@ def test_a_restart_of_the_dashboard_that_forgets_the_node(
 
 
 @v1_only
+@pytest.mark.alone
 def test_a_daemon_that_starts_after_the_agent(
     dashboard: Dashboard, start_agent: StartAgent, tmp_path: Path
 ) -> None:
@@ -105,14 +106,15 @@ def waiting(process: AgentProcess) -> int:
     return int(re.findall(r"(\d+) waiting", told[-1])[0]) if told else 0
 
 
-def test_down_at_the_start_for_five_heartbeats(start_agent: StartAgent, api: str) -> None:
-    with Dashboard(KEY, api=api) as server:
+@v1_only
+def test_down_at_the_start_for_five_heartbeats(start_agent: StartAgent) -> None:
+    with Dashboard(KEY) as server:
         server.fault = "refuse"
         process = start_agent(server.url)
         eventually(lambda: process.lines("cannot deliver .* connection refused"))
         eventually(lambda: waiting(process) >= 5, step_s=0.5)
-        server.fault = "off"
-        eventually(lambda: len(server.stored()) >= 6)
+        server.fault, well_again = "off", agent.iso_utc(time.time())
+        eventually(partial(caught_up, server, process, well_again))
         assert process.stop() == 0
         stored, counters = server.stored(), process.counters()
     assert counters["sampled"] == counters["delivered"] == len(stored)
@@ -132,9 +134,10 @@ def assert_newest_or_oldest_first(stored: list[str]) -> None:
         left.remove(stamp)
 
 
-def test_down_for_130_heartbeats(start_agent: StartAgent, api: str) -> None:
+@v1_only
+def test_down_for_130_heartbeats(start_agent: StartAgent) -> None:
     """A fast agent: 130 heartbeats of 50 ms. The newest 100 are kept, the rest is counted."""
-    with Dashboard(KEY, api=api) as server:
+    with Dashboard(KEY) as server:
         process = start_agent(server.url, heartbeat_ms=50)
         eventually(lambda: len(server.stored()) >= 3)
         server.fault = "refuse"
@@ -152,7 +155,7 @@ def test_down_for_130_heartbeats(start_agent: StartAgent, api: str) -> None:
         stored, counters = server.stored(), process.counters()
     assert counters["dropped"] >= 30
     # a busy machine may store a sample, and answer after the deadline of this fast agent
-    assert counters["delivered"] == len(set(stored)) and len(stored) - len(set(stored)) <= 3
+    assert counters["delivered"] <= len(set(stored)) and len(stored) - counters["delivered"] <= 3
     assert counters["sampled"] == counters["delivered"] + counters["dropped"] + counters["waiting"]
     assert len(process.lines("dropped .BUFFER_SIZE=100")) == 1
 
@@ -360,7 +363,10 @@ def test_a_poison_sample_does_not_block_the_others(
 
 
 @v1_only
-@pytest.mark.parametrize("state", ["idle", "hanging", "backing off", "starting"])
+@pytest.mark.parametrize(
+    "state",
+    ["idle", pytest.param("hanging", marks=pytest.mark.alone), "backing off", "starting"],
+)
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_stop(
     state: str, number: signal.Signals, dashboard: Dashboard, start_agent: StartAgent
@@ -387,6 +393,7 @@ def test_stop(
         assert process.counters()["delivered"] == process.counters()["sampled"]
 
 
+@v1_only
 def test_what_waits_is_flushed_at_the_stop(
     dashboard: Dashboard, start_agent: StartAgent
 ) -> None:
@@ -398,6 +405,38 @@ def test_what_waits_is_flushed_at_the_stop(
     assert process.stop() == 0
     counters = process.counters()
     assert counters["delivered"] == counters["sampled"] == len(dashboard.stored())
+
+
+# A real agent that saves late, and stops slowly: what is on disk was saved as the stop began.
+SAVES_LATE = """
+import os, sys
+import tinomail_agent as a
+a.SAVE_AFTER_S = a.REQUEST_DEADLINE_S = a.SLOW_DEADLINE_S = a.STOP_LIMIT_S = 600.0
+config = a.load_config(os.environ, os.devnull)
+a.set_up_logging(config.log_level, config.api_key, os.environ)
+sys.exit(a.Agent(config, os.environ).run())
+"""
+
+
+@v1_only
+def test_a_stop_that_is_cut_short_loses_nothing(start_agent: StartAgent, tmp_path: Path) -> None:
+    """What waits is saved when the stop begins: a kill may come before its five seconds end."""
+    saved = tmp_path / "state/buffer"
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        silent.settimeout(60)
+        process = start_agent(
+            f"http://127.0.0.1:{silent.getsockname()[1]}", code=SAVES_LATE, CHECK_PORTS="1",
+            HEARTBEAT_INTERVAL="300000", STATE_DIRECTORY=str(saved.parent),
+        ).process
+        connection, _ = silent.accept()
+        with connection:
+            connection.recv(1)  # a sample is taken, and is on its way
+            assert not saved.exists()
+            process.send_signal(signal.SIGTERM)
+            eventually(lambda: list(saved.glob("*.sample")))
+            process.kill()
+            assert process.wait(10) == -signal.SIGKILL
+    assert len(list(saved.glob("*.sample"))) == 1
 
 
 @v1_only

@@ -12,6 +12,8 @@ import pytest
 from bench import procfs, report, sizes
 from bench.report import Row
 
+pytestmark = pytest.mark.alone
+
 
 def test_a_row_is_judged_by_the_median_of_its_runs() -> None:
     assert Row("x", "ms", (1.0, 9.0, 2.0), 2.0).is_met

@@ -52,6 +52,7 @@ def test_the_command_line_of_what_may_be_a_service_is_read(row: dict[str, Any]) 
         ("Haraka (worker)", b"Haraka (worker) cn=0 cc=0 cps=0/0\0", "haraka"),
         ("Haraka cn=0 cc=", b"Haraka cn=0 cc=0 cps=0/0/0\0", "haraka"),
         ("node", b"/usr/bin/node\0/opt/wildduck/server.js\0--config=x\0", "wildduck"),
+        ("node", b"node\0--title\0imap\0/opt/wildduck/server.js\0", "wildduck"),
         ("MainThread", b"node\0/opt/zone-mta/services/receiver.js\0", "zonemta"),
         ("node-MainThread", b"node\0--max-old-space-size=64\0/opt/zone-mta/app.js\0", "zonemta"),
         ("node", b"node\0./node_modules/.bin/haraka\0-c\0.\0", "haraka"),

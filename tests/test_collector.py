@@ -190,18 +190,22 @@ ctypes.CDLL(None).pthread_exit(None)
 """
 
 
-def test_a_real_process_whose_main_thread_has_ended() -> None:
+def only(folder: Path, *pids: int) -> str:
+    """Return a /proc with these real processes alone: others of their names may run here."""
+    for pid in (1, *pids):
+        (folder / str(pid)).symlink_to(f"/proc/{pid}")
+    return str(folder)
+
+
+def test_a_real_process_whose_main_thread_has_ended(tmp_path: Path) -> None:
     """It reads as a zombie without command line and memory; its other threads run on."""
     process = subprocess.Popen([sys.executable, "-c", MAIN_THREAD_ENDS])
     try:
         stat = Path(f"/proc/{process.pid}/stat")
         eventually(lambda: b") Z " in stat.read_bytes(), 60)
-        table = agent.Collector(make_config())._processes
-        everything = table._list  # others of this name may run on this machine
-        table._list = lambda: [  # type: ignore[method-assign]
-            entry for entry in everything() if entry[0] == process.pid
-        ]
-        found = table.read()["mongodb"]
+        worker = agent.Worker(10.0, agent.Problems())
+        here = only(tmp_path, process.pid)
+        found = agent.ProcessTable(here, time.monotonic, unexpected, worker).read()["mongodb"]
         assert (found["status"], found["pid"]) == ("running", process.pid)
         assert found["memory_mb"] > 40
     finally:
@@ -341,13 +345,11 @@ def test_real_processes_are_found_and_measured(tmp_path: Path) -> None:
     alike = subprocess.Popen(["tail", "-f", "/dev/null", "--pid", str(real.pid)])
     try:
         assert real.stdout and real.stdout.readline()
+        (tmp_path / "proc").mkdir()
         table = agent.ProcessTable(
-            "/proc", time.monotonic, unexpected, agent.Worker(10.0, agent.Problems())
+            only(tmp_path / "proc", real.pid, alike.pid), time.monotonic, unexpected,
+            agent.Worker(10.0, agent.Problems()),
         )
-        everything = table._list  # others of these names may run on this machine
-        table._list = lambda: [  # type: ignore[method-assign]
-            entry for entry in everything() if entry[0] in (real.pid, alike.pid)
-        ]
         table.read()
         time.sleep(1.0)
         found = table.read()["mongodb"]
@@ -437,7 +439,7 @@ def test_watched_processes(proc: FakeProc, clock: FakeClock) -> None:
     proc.add(61, "a-very-long-nam", b"x\0")
     config = make_config(watch_processes="postfix=master, long=a-very-long-name-indeed,x=none")
     collector = agent.Collector(config, proc=str(proc.root))
-    found = collector._read_processes()
+    found = agent.unpack(collector.collect().packed)["processes"]
     assert {name: p["pid"] for name, p in found.items() if name not in agent.SERVICES} == {
         "postfix": 60, "long": 61, "x": None,
     }
@@ -651,6 +653,7 @@ def test_a_damaged_file_is_no_news(text: str, clock: FakeClock, tmp_path: Path) 
 def test_a_disk_that_fails_costs_the_memory_alone(
     clock: FakeClock, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
+    caplog.set_level(logging.INFO)
     folder = tmp_path / "gone"
     seen = agent.ServicesSeen(str(folder), clock=clock.monotonic)
     assert beat(seen, clock, 9, "redis") == "redis"

@@ -24,6 +24,8 @@ from dashboard import SYSTEM, Dashboard
 
 import tinomail_agent as agent
 
+pytestmark = pytest.mark.alone
+
 
 def output_of(*command: str) -> str:
     environ = {**os.environ, "LC_ALL": "C"}

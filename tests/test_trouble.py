@@ -241,6 +241,7 @@ def test_swap_as_free(tmp_path: Path) -> None:
     assert found["ram_used_percent"] == 75
 
 
+@pytest.mark.alone
 def test_iowait_and_steal_as_mpstat() -> None:
     need("mpstat")
     collector = agent.Collector(make_config())
@@ -307,6 +308,7 @@ def stalled_us(name: str) -> int:
     return int(found[1])
 
 
+@pytest.mark.alone
 def test_pressure_as_the_kernel_under_a_load() -> None:
     if not Path("/proc/pressure").is_dir():
         pytest.skip("this kernel does not measure pressure")
@@ -366,6 +368,7 @@ def test_pressure_that_went_backwards_gives_no_value(tmp_path: Path) -> None:
     assert read(cpu=22_500_000, io=2_001_000) == {"pressure": {"cpu": 100.0, "io": 20.0}}
 
 
+@pytest.mark.alone
 def test_an_oom_kill_counts() -> None:
     def truth() -> int:
         lines = Path("/proc/vmstat").read_text().splitlines()
@@ -380,6 +383,7 @@ def test_an_oom_kill_counts() -> None:
     agrees(truth, lambda: agent.read_oom_kills("/proc")["oom_kills"])
 
 
+@pytest.mark.alone
 def test_listen_overflows_as_nstat(deaf_port: int) -> None:
     need("nstat")
 

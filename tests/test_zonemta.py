@@ -9,10 +9,12 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
 import pytest
 from conftest import FakeClock, eventually, make_config
+from test_collector import FakeProc
 
 import tinomail_agent as agent
 
@@ -255,24 +257,22 @@ def test_an_api_that_hangs_is_logged_once_and_asked_again_when_it_returned(
 # --- in a sample
 
 
-class Table:
-    """Stands for the table of processes: which service runs is not what is tried here."""
-
-    def __init__(self, *running: str) -> None:
-        self.running = running
-
-    def read(self) -> dict[str, dict[str, Any]]:
-        row = {"status": "running", "pid": 7, "memory_mb": 1.0, "cpu_percent": 0.0}
-        gone = {"status": "not_found", "pid": None, "memory_mb": 0, "cpu_percent": 0}
-        return {name: row if name in self.running else gone for name in agent.SERVICES}
+ZONEMTA_PID = 70
 
 
-def collector_for(url: str, *running: str) -> agent.Collector:
+@pytest.fixture
+def proc(tmp_path: Path) -> FakeProc:
+    """A machine on which ZoneMTA runs."""
+    found = FakeProc(tmp_path)
+    found.add(ZONEMTA_PID, "zone-mta: maste", b"zone-mta: master process\0\0")
+    return found
+
+
+def collector_for(url: str, proc: FakeProc) -> agent.Collector:
     collector = agent.Collector(
         make_config(zonemta_url=url, node_role="haraka", check_ports="1"),
-        clock=FakeClock().monotonic,
+        proc=str(proc.root), clock=FakeClock().monotonic,
     )
-    collector._processes = Table(*running)  # type: ignore[assignment]
     collector.readers = {}
     return collector
 
@@ -281,21 +281,21 @@ def taken(collector: agent.Collector) -> dict[str, Any]:
     return agent.unpack(collector.collect().packed)
 
 
-def test_a_sample_has_the_figures_while_zonemta_runs(api: Api) -> None:
-    collector = collector_for(api.url, "zonemta")
+def test_a_sample_has_the_figures_while_zonemta_runs(api: Api, proc: FakeProc) -> None:
+    collector = collector_for(api.url, proc)
     assert taken(collector)["zonemta"] == FIGURES
-    collector._processes.running = ()  # type: ignore[attr-defined]
+    assert "zonemta" not in taken(collector_for("off", proc))
+    proc.remove(ZONEMTA_PID)
     assert "zonemta" not in taken(collector)
     assert len(api.requests) == 1
-    assert "zonemta" not in taken(collector_for("off", "zonemta"))
 
 
 def test_an_api_that_does_not_answer_means_no_figures_and_one_line(
-    caplog: pytest.LogCaptureFixture
+    proc: FakeProc, caplog: pytest.LogCaptureFixture
 ) -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
-    collector = collector_for(f"http://127.0.0.1:{port}", "zonemta")
+    collector = collector_for(f"http://127.0.0.1:{port}", proc)
     samples = [taken(collector) for _ in range(3)]
     assert not any("zonemta" in sample for sample in samples)
     lines = [r.getMessage() for r in caplog.records if "ZoneMTA" in r.getMessage()]
@@ -306,10 +306,10 @@ def test_an_api_that_does_not_answer_means_no_figures_and_one_line(
 
 
 def test_a_hanging_api_is_a_line_and_a_collect_error_and_delays_a_sample_once(
-    api: Api, caplog: pytest.LogCaptureFixture
+    api: Api, proc: FakeProc, caplog: pytest.LogCaptureFixture
 ) -> None:
     api.answer = hang(api)
-    collector = collector_for(api.url, "zonemta")
+    collector = collector_for(api.url, proc)
     assert "zonemta" not in taken(collector)
     started = time.monotonic()
     sample = taken(collector)

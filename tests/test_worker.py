@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import os
 import threading
@@ -56,6 +57,16 @@ def test_one_thread_serves_all_runs_while_nothing_hangs() -> None:
     for value in range(50):
         assert worker.run({"a": quick(value), "b": quick(-value)}) == {"a": value, "b": -value}
     assert len(set(workers()) - before) == 1
+
+
+def test_the_thread_ends_with_its_worker() -> None:
+    worker = agent.Worker(10.0, agent.Problems())
+    thread = worker.run({"which": threading.current_thread})["which"]
+    assert isinstance(thread, threading.Thread)
+    del worker
+    gc.collect()
+    thread.join(60)
+    assert not thread.is_alive()
 
 
 def test_what_hangs_is_named_once_and_not_called_again_until_it_returns(

@@ -44,7 +44,7 @@ TESTS = {
     "problems, workers, ticks": "worker fleet collector",
     "what an answer leads to": "sender transport dialects",
     "dialects": "dialects transport sender",
-    "the way to the dashboard": "transport",
+    "the way to the dashboard": "transport dialects",
     "state on disk": "dialects state",
     "reading /proc and sysfs": "collector trouble numbers",
     "disks and networks": "collector numbers trouble side_by_side",
@@ -54,6 +54,7 @@ TESTS = {
     "what runs here": "collector",
     "ZoneMTA's own figures": "zonemta",
     "settings": "settings write_settings docs",
+    "systemd": "crash agent",
     "logging": "settings agent",
     "command line": "settings dialects trouble docs",
 }

@@ -9,23 +9,27 @@ mail ports of this machine, and posts them as JSON to DASHBOARD_URL with API_KEY
     buffer:           a ring of BUFFER_SIZE samples, copied to disk when they wait
                       |  the newest sample first, then up to 10 of the oldest
     sender thread:    POST, judge the answer, plan the next attempt -> dashboard
-    main thread:      once a second and at a signal: progress of both threads, memory, systemd
+    main thread:      checks both threads and the memory, answers signals, reports to systemd
     worker threads:   calls that may never return (a disk, a stuck process), with a time limit
 
-Collecting never waits for the network. Sending never delays a sample. A metric that cannot be
+Collecting never waits for the dashboard. Sending never delays a sample. A metric that cannot be
 read is omitted and counted, never sent as 0.
 
-A sample leaves the buffer when the dashboard says that it has it; until then it is tried again.
-It is written to STATE_DIRECTORY when an attempt failed, when it has waited for a second, and
-before its first attempt while others wait. A sample is lost when the ring is full (dropped),
-when the dashboard rejects it five times but takes others (refused), when its file is damaged,
-and when the process is killed before it is on disk. All but the last are counted and logged.
+A sample leaves the buffer when the dashboard confirms it; until then it is tried again. It is
+written to STATE_DIRECTORY when an attempt failed, when it has waited for a second, and at once
+if older samples still wait. A sample is lost when
+    the ring is full: it is counted as dropped
+    the dashboard rejects it five times, and accepts others in between: counted as refused
+    its file is damaged: logged
+    the agent is killed, or stops with a disk that fails, before it has a file
+    the power fails: files are not synced
 
 To add a metric:   a reader in Collector._make_readers(); v1 sends it as it is, MONITOR_SYSTEM
-                   names it for tinomail-monitor
-       a service:  SERVICES and the tables below it; SERVICE_ROLES, SERVICE_PORTS
+                   names it for tinomail-monitor. A column of disks or processes: LATER_COLUMNS
+       a service:  SERVICES and the tables below it; MONITOR_PROCESSES, MONITOR_ROLES
        a setting:  a field of Config
-       a status:   a row of RULES; for one dialect: of its hints
+       a status:   a row of RULES, above the rows that fit too: the first one that fits counts.
+                   For one dialect only: a row of its hints
 
 This file, from the top:
 
@@ -103,29 +107,29 @@ import urllib3.connection
 
 VERSION = "1.1.0"
 RELEASED = 1_795_651_200  # 2026-11-26, in epoch seconds: a clock that shows less is not set yet
-EX_TEMPFAIL, EX_CONFIG = 75, 78  # sysexits.h
 
 PRIME_S = 1.0  # the first rates and CPU shares are measured over this long
 HANG_LIMIT_S = 1.0  # for all calls of a kind that may hang, in one sample
-FILES_LIMIT_S = 4.0  # the same, for a file of /proc: late figures are better than none
+FILES_LIMIT_S = 2.0  # for a file of /proc: late figures are better than none
 ZONEMTA_POST_S = 5.0  # deadline of the post of ZoneMTA's figures
-REQUEST_DEADLINE_S = 10.0  # connect, TLS, request and answer together; name resolution aside
+REQUEST_DEADLINE_S = 10.0  # connect, TLS, request and answer together, without the name look-up
 SLOW_DEADLINE_S = 30.0  # the same, after an attempt that ran out of time
 BACKOFF_S = (1.0, 2.0, 4.0)  # before the 1st, 2nd and 3rd retry
 REGISTER_AGAIN_S = 300.0  # between two registrations because of a 404
-STRIKES = 5  # a sample is refused for good if the dashboard rejects it so often, but takes others
+STRIKES = 5  # a sample that the dashboard rejects so often is refused, if it accepts others between
 DRAIN_PER_SUCCESS = 10
 SAVE_AFTER_S = 1.0  # what is not delivered by then is written to the disk
 DISK_LIMIT_S = 1.0  # for what is written to STATE_DIRECTORY at a time
 LOAD_LIMIT_S = 10.0  # for reading it at the start
 STOP_LIMIT_S = 5.0
-LOOK_UP_AT_STOP_S = 1.0  # how long a stop waits for a name look-up
+POST_AT_STOP_S = 1.5  # of it, kept for posting the last sample
+LOOK_UP_AT_STOP_S = 1.0  # of it, how long a stop waits for a name look-up
 CLOCK_OFFSET_LIMIT_S = 30
-CLOCK_AGREES = 20  # so many answers in a row end the problem with the clock
+CLOCK_AGREES = 20  # the problem with the clock ends after so many good answers in a row
 REFUSED_LOG_S = 3600.0  # between two lines about refused samples
 CRASH_PAUSE_S = 10.0
 SUPERVISE_S = 1.0
-HANG_AFTER_S = 15.0  # a thread hangs if it is overdue by this and by the watchdog's time
+HANG_AFTER_S = 15.0  # a thread hangs if it is overdue by this or the watchdog's time, if longer
 MIB = 1024 * 1024
 
 log = logging.getLogger("tinomail_agent")
@@ -152,7 +156,7 @@ class Agent:
         )
         self._collector_due = math.inf  # when the collector will have made progress (monotonic)
         self._clock_problem = Problems()  # of the collector thread
-        self._has_sampled = threading.Event()  # or the clock is not set yet
+        self._had_first_tick = threading.Event()
         self._problems = Problems()  # of the main thread
         self._notifier = Notifier(environ)
         self._is_ready = False
@@ -162,7 +166,7 @@ class Agent:
     def run(self) -> int:
         """Run until SIGTERM, SIGINT or SIGHUP; return the exit code."""
         # The handlers do nothing: the number of each signal arrives at this socket.
-        # (sigtimedwait() reports a signal that never came when a SIGCONT ends it.)
+        # Not sigtimedwait(): when a SIGCONT ends it, it reports a signal that nobody sent.
         self._signals, wakeup = socket.socketpair()
         wakeup.setblocking(False)
         signal.set_wakeup_fd(wakeup.fileno(), warn_on_full_buffer=False)
@@ -194,12 +198,12 @@ class Agent:
         return set(self._signals.recv(4096)) if is_there else set()
 
     def _end(self, collector: threading.Thread, sender: threading.Thread) -> None:
-        """Stop both threads; all of it takes STOP_LIMIT_S at most."""
+        """Stop both threads; all of it takes about STOP_LIMIT_S at most."""
         deadline = time.monotonic() + STOP_LIMIT_S
         self._notifier.send("STOPPING=1", "STATUS=delivering what waits")
         self._sender.stop_by = deadline
         self._stop.set()
-        collector.join(STOP_LIMIT_S - 1.5)  # the sender posts the sample under way too
+        collector.join(STOP_LIMIT_S - POST_AT_STOP_S)  # the sample that it is taking is posted too
         self._buffer.close()
         self._buffer.save()  # the time may be over before all is delivered
         look_up_deadline = time.monotonic() + LOOK_UP_AT_STOP_S
@@ -207,7 +211,8 @@ class Agent:
             if self._sender.due == math.inf and time.monotonic() > look_up_deadline:
                 break  # the sender looks a name up
             sender.join(0.05)
-        self._buffer.save()
+        while not self._buffer.save() and time.monotonic() < deadline:
+            time.sleep(0.05)  # a slow disk may still take the samples
 
     # - the collector thread
 
@@ -219,13 +224,14 @@ class Agent:
         pause = second_pause_s(self._config.node_id, interval)
         while not self._stop.wait(max(0.0, due - time.monotonic())):
             self._guarded(self._take_sample)
+            # next_tick() adds one interval: the second pause alone differs from it.
             due = next_tick(due + pause - interval, time.monotonic(), interval)
             pause = interval
             if self._stop.wait(min(SAVE_AFTER_S, max(0.0, due - time.monotonic()) / 2)):
                 return
             self._guarded(self._buffer.save)
 
-    def _guarded(self, work: Callable[[], None]) -> None:
+    def _guarded(self, work: Callable[[], object]) -> None:
         try:
             work()
         except Exception:
@@ -241,21 +247,22 @@ class Agent:
         else:
             self._clock_problem.end("clock", "the clock is set: taking samples")
             self._buffer.put(self._collector.collect())
-        self._has_sampled.set()
-        self._collector_due = time.monotonic() + 1.5 * self._config.interval_s  # its longest pause
+        self._had_first_tick.set()
+        # second_pause_s() is at most one and a half intervals.
+        self._collector_due = time.monotonic() + 1.5 * self._config.interval_s
 
     # - supervision
 
     def _supervise(self) -> None:
         """Tell systemd that the agent is ready, and then that both threads make progress."""
         if not self._is_ready:
-            if not self._has_sampled.is_set():
+            if not self._had_first_tick.is_set():
                 return
             self._is_ready = True
             self._notifier.send("READY=1")
         now, status = time.monotonic(), self._sender.status()
         if now < self._next_ping and status == self._status:
-            return
+            return  # a new status line is shown at once
         self._status = status
         self._next_ping = now + self._notifier.ping_s
         is_stalled = self._report_stalled_thread(now)
@@ -295,7 +302,7 @@ class Agent:
         return is_large
 
     def _figures(self) -> dict[str, Any]:
-        """Return what a sample tells of the other threads."""
+        """Return the agent's own counters for a sample."""
         c, offset = self._buffer.counters(), self._sender.clock_offset_s
         figures = {"buffered": c.waiting, "sent_total": c.delivered, "dropped_total": c.dropped,
                    "refused_total": c.refused}
@@ -383,7 +390,8 @@ class Collector:
         body: dict[str, Any] = {"timestamp": iso_utc(taken), "system": system}
         for part, name, reader in (
             ("processes", "processes", self._read_processes),
-            ("accept_queue", "accept_queue", self._read_accept_queues),  # without our own connects
+            # before the port check, so that its own connections do not count
+            ("accept_queue", "accept_queue", self._read_accept_queues),
             ("services", "services", self._check_ports),
             ("zonemta", "ZoneMTA's figures (ZONEMTA_URL)", self._read_zonemta),
         ):
@@ -411,13 +419,13 @@ class Collector:
         except READ_ERRORS as error:
             self._missing(name, _reason(error))
             return {}
-        sound = {}
+        valid = {}
         for key, value in values.items():
             if value is None or (isinstance(value, float) and not math.isfinite(value)):
                 self._missing(key, "no valid reading this time")
             else:
-                sound[key] = value
-        return sound
+                valid[key] = value
+        return valid
 
     def _missing(self, name: str, why: str) -> None:
         self.collect_errors += 1
@@ -433,7 +441,7 @@ class Collector:
     def crashed(self) -> None:
         """Log the exception that is being handled, and count it."""
         self.collect_errors += 1
-        self._problems.crash("taking a sample failed; trying again at the next tick")
+        self._problems.crash("the collector failed; trying again at the next tick")
 
     def _read_processes(self) -> dict[str, Any]:
         processes = self._processes.read()
@@ -456,7 +464,8 @@ class Collector:
         if self._zonemta is None:
             return {}
         figures = self._zonemta.read(self._runs_zonemta)
-        self.collect_errors += figures is None  # the API hangs; that is logged already
+        if figures is None:  # the API hangs; that is logged already
+            self.collect_errors += 1
         return figures or {}
 
 
@@ -465,11 +474,11 @@ class Collector:
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One neutral sample, on its way from the collector to the dashboard."""
+    """One sample, on its way from the collector to the dashboard."""
 
     seq: int  # the time at which it was taken, in ms since 1970; unique in a buffer
     role: str  # of the node at that time
-    packed: bytes  # JSON compressed by zlib, without node id and dialect
+    packed: bytes  # JSON compressed by zlib; the same for every dialect, without the node id
 
 
 @dataclass(frozen=True, slots=True)
@@ -488,8 +497,8 @@ class Buffer:
     """The undelivered samples: a ring in memory, its copy on disk, and a queue of wake-ups.
 
     A full ring drops its oldest sample, but never the one that is being posted. With a State,
-    save() copies the ring to STATE_DIRECTORY. A Worker does so: while the disk hangs, nobody
-    waits for it, and the samples stay in memory.
+    save() copies the ring to STATE_DIRECTORY. A Worker does so: a disk that hangs is waited for
+    once, then the samples stay in memory until it answers.
     """
 
     def __init__(self, size: int, state: State | None = None) -> None:
@@ -504,7 +513,7 @@ class Buffer:
         self._lock = threading.Lock()
         self._ring: dict[int, Sample] = {}  # by seq, oldest first
         self._files: set[int] = set()  # the seq of each file on disk
-        self._save_until = 0  # samples up to this seq are to have a file
+        self._save_until = 0  # samples up to this seq must be on disk
         self._in_flight: int | None = None  # the sample that is being posted
         self._last_seq = 0
         self._count = dict.fromkeys(("sampled", "loaded", "delivered", "refused", "dropped"), 0)
@@ -547,10 +556,10 @@ class Buffer:
         with self._lock:
             return next(reversed(self._ring.values()), None)
 
-    def oldest(self, count: int, last: Container[int] = ()) -> list[Sample]:
-        """Return the oldest samples; those whose seq is in `last` come after all others."""
+    def oldest(self, count: int, postponed: Container[int] = ()) -> list[Sample]:
+        """Return the oldest samples; those whose seq is in `postponed` come after all others."""
         with self._lock:
-            order = sorted(self._ring, key=lambda seq: (seq in last, seq))
+            order = sorted(self._ring, key=lambda seq: (seq in postponed, seq))
             return [self._ring[seq] for seq in order[:count]]
 
     def get(self, seq: int) -> Sample | None:
@@ -563,7 +572,7 @@ class Buffer:
             self._in_flight = sample.seq
 
     def settle(self, sample: Sample, *, delivered: bool = False, refused: bool = False) -> None:
-        """End what begin_post() began. The sample leaves if delivered or refused, else it stays."""
+        """End the protection of begin_post(); remove the sample if delivered or refused."""
         with self._lock:
             self._in_flight = None
             if sample.seq in self._ring and (delivered or refused):
@@ -574,18 +583,23 @@ class Buffer:
     # - the copy on disk
 
     def load(self) -> None:
-        """Add the samples that an earlier run left on disk; later, if they cannot be read now."""
+        """Add the samples that an earlier run left on disk. What cannot be read is tried again."""
         self._sync(LOAD_LIMIT_S)
 
-    def save(self) -> None:
-        """Write all samples that wait. What the disk does not take is tried again later."""
+    def save(self) -> bool:
+        """Write all samples that wait; return False while the disk hangs.
+
+        What the disk refuses is tried again with the next sample.
+        """
         with self._lock:
             self._save_until = self._last_seq
         self._sync()
+        return not self._worker.hanging
 
     def _sync(self, limit_s: float = DISK_LIMIT_S) -> None:
         if self._state and (not self._is_loaded or self._worker.hanging or self._due_files()):
-            self._worker.run({STATE_DIRECTORY: self._sync_files}, limit_s)
+            with contextlib.suppress(TimeoutError):  # the worker logs that it hangs
+                self._worker.call(STATE_DIRECTORY, self._sync_files, limit_s)
 
     def _due_files(self) -> list[int]:
         """Return the seq of each file to remove, then of each to write: removing makes room."""
@@ -611,11 +625,12 @@ class Buffer:
                 self._disk_problems.begin("disk", problem)
                 has_failed = True
                 if sample:
-                    break  # the next one would fail too
+                    break  # the next write would fail too; the next removal may not
             else:
                 has_worked = True
+                note = self._files.add if sample else self._files.discard
                 with self._lock:
-                    self._files.add(seq) if sample else self._files.discard(seq)
+                    note(seq)
         if has_worked and not has_failed:
             self._disk_problems.end("disk", "writing undelivered samples to disk again")
 
@@ -647,16 +662,6 @@ class Buffer:
 # --- sending -----------------------------------------------------------------------------
 
 
-@dataclass(slots=True)
-class Tries:
-    """The attempts at one sample, or at all heartbeats since the last success."""
-
-    since: float = math.inf  # when the first one failed
-    failures: int = 0  # in this round: an attempt and its retries
-    strikes: int = 0  # how often the dashboard rejected this sample, while it took others
-    deliveries: int = 0  # of other samples, when the last strike was counted
-
-
 class Sender:
     """Registers the node and delivers what is in the buffer; used by one thread only.
 
@@ -682,38 +687,40 @@ class Sender:
         self._registered: Request | None = None  # what the dashboard knows of this node
         self._plan: list[Sample] = []  # what to try next: the heartbeat, or the oldest after it
         self._heartbeat_seq = 0  # of the newest sample that was tried
-        # Not before: a retry; any request (Retry-After); another registration.
-        self._retry_at = self._quiet_until = self._register_after = -math.inf
+        self._retry_at = -math.inf  # no retry before
+        self._quiet_until = -math.inf  # no request at all before (Retry-After)
+        self._register_after = -math.inf  # no other registration before
         self.stop_by = math.inf  # no attempt begins that would not end by then
         self._heartbeats = Tries()  # at all heartbeats since the last one that was delivered
-        self._is_down = False  # their retries are used up, or retries are of no use
+        self._is_down = False  # the last heartbeat failed, and its retries too if there are any
         self._tries: dict[int, Tries] = {}  # by seq: at samples that come after all others
         self._deliveries = 0
         self._last_took_s = 0.0
         self._last_answer = "nothing sent yet"
-        self._dropped_told = self._refused_told = 0  # how many the log has named
-        self._refused_told_at = -math.inf
+        self._dropped_logged = self._refused_logged = 0  # how many the log has named
+        self._refused_logged_at = -math.inf
         self._refusal: Verdict | None = None  # of the sample that was refused last
         self._clock_agrees = 0
         self.clock_offset_s: int | None = None  # this node's clock minus the dashboard's
         self.crashes, self._is_crashing = 0, False
-        self._due = math.inf  # when the pause after the last step ends; in a step: now (monotonic)
+        self._due = math.inf  # when the pause after the last step ends, or when a step began
 
     def run(self) -> None:
-        """Deliver until the buffer is closed, then what the time allows."""
-        self._buffer.load()
+        """Deliver until the buffer is closed; then the newest, and as many old ones as fit."""
+        self._guarded(self._buffer.load)
         while not self._buffer.is_closed:
-            self._buffer.wait(self._step_or_pause())
-        self._heartbeat_seq = 0  # try the newest once more, even if it has just failed
-        while self._step_or_pause() == 0:
+            self._buffer.wait(self._guarded(self.step))
+        if self._buffer.get(self._heartbeat_seq):
+            self._heartbeat_seq = 0  # try the newest once more, even if it has just failed
+        while self._guarded(self.step) == 0:
             pass
 
-    def _step_or_pause(self) -> float:
-        """Make a step; return the seconds until the next. A step that crashes is no progress."""
+    def _guarded(self, work: Callable[[], float | None]) -> float:
+        """Do a piece of work; return the pause in seconds. A crash is no progress."""
         if not self._is_crashing:
             self._due = self._clock()
         try:
-            pause = self.step()
+            pause = work() or 0.0
             self._is_crashing = False
             self._due = self._clock() + pause
         except Exception:
@@ -725,11 +732,11 @@ class Sender:
 
     @property
     def due(self) -> float:
-        """When this thread will have made progress (monotonic); infinite during a name look-up."""
+        """When this thread must have made progress (monotonic); infinite during a name look-up."""
         return max(self._due, self._transport.deadline)
 
     def step(self) -> float:
-        """Make the attempt that is due; return the seconds until the next, a new sample aside."""
+        """Make the attempt that is due; return the seconds until the next without a new sample."""
         self._report_losses()
         newest = self._buffer.newest()
         if newest is None:
@@ -761,7 +768,7 @@ class Sender:
             self._buffer.settle(sample, delivered=True)
             self._deliveries += 1
             if is_heartbeat:
-                self._plan = self._buffer.oldest(DRAIN_PER_SUCCESS, last=self._tries)
+                self._plan = self._buffer.oldest(DRAIN_PER_SUCCESS, postponed=self._tries)
                 self._report_recovery()
                 self._heartbeats = Tries()
                 self._post_zonemta(sample)
@@ -778,10 +785,11 @@ class Sender:
             self._plan_retry(verdict, tries, is_heartbeat)
 
     def _plan_retry(self, verdict: Verdict, tries: Tries, is_heartbeat: bool) -> None:
-        """Plan the next attempt at the same sample; if none is to come soon, log why.
+        """Plan a retry of this sample; if there is none, log why.
 
-        Then a heartbeat waits for the next one: the dashboard is down. An old sample comes after
-        all others; after the dashboard's own refusal the next old one follows at once.
+        Without a retry, a heartbeat gives way to the next new sample: the dashboard is down. An
+        old sample comes after all others; the next old one follows at once if the dashboard
+        itself refused this one.
         """
         if verdict.outcome is Outcome.RETRY and not self._is_down:
             pause = backoff_s(tries.failures, self._jitter())
@@ -806,7 +814,8 @@ class Sender:
         """Return the strikes of a sample; count one more if the dashboard rejects it alone.
 
         The dashboard refused it twice in a row, or its retries are used up and ended in an error
-        of the dashboard's own; and another sample was delivered since its last strike.
+        of the dashboard itself (a 5xx with JSON); and another sample was delivered since its last
+        strike.
         """
         is_round_over = failures > len(BACKOFF_S) or self._is_down
         is_rejected = verdict.outcome is Outcome.REFUSED or (verdict.is_own_error and is_round_over)
@@ -841,7 +850,7 @@ class Sender:
         self._own_id = self._own_id or host_name()
         if not self._own_id:
             return Verdict(Outcome.KEPT, problem="the host name is not set yet (or set NODE_ID)")
-        # Before the first registration the address may be that of an old look-up.
+        # Before the first registration, the kept address may belong to another dashboard address.
         known_ip = self._transport.local_ip if self._node_id else None
         ip = known_ip or self._transport.route_ip()
         request = self._registration(sample, ip)
@@ -854,13 +863,14 @@ class Sender:
                 log.info("registered as %s (role %s, address %s)", shown, sample.role, ip)
             self._registered = request
         elif self._node_id:  # samples go on under the id that was confirmed before
-            self._register_after = self._quiet_end(verdict, answer)
+            self._register_after = self._retry_after_end(verdict, answer)
             self._problems.begin(
                 "registration", f"cannot register again: {verdict.problem}", verdict.detail
             )
         else:
-            self._quiet_until = self._quiet_end(verdict, answer)
+            self._quiet_until = self._retry_after_end(verdict, answer)
         problem = f"registration: {verdict.problem}"
+        # Not an error of its own: a registration that fails is no strike against the sample.
         return dataclasses.replace(verdict, problem=problem, is_own_error=False)
 
     def _registration(self, sample: Sample, ip: str) -> Request:
@@ -876,13 +886,13 @@ class Sender:
             verdict, answer = self._exchange(request, judge)
             if verdict.outcome is not Outcome.REFUSED:
                 break
-        self._quiet_until = self._quiet_end(verdict, answer)
+        self._quiet_until = self._retry_after_end(verdict, answer)
         return verdict
 
-    def _exchange(self, request: Request, judge: Judge) -> tuple[Verdict, Answer]:
+    def _exchange(self, request: Request, judge_answer: Judge) -> tuple[Verdict, Answer]:
         """Send a request, and judge the answer."""
         answer = self._transport.post(request, self.stop_by - self._clock())
-        verdict = judge(answer, self._config.api_key, self._dialect.hints)
+        verdict = judge_answer(answer, self._config.api_key, self._dialect.hints)
         self._last_took_s = answer.took_s
         self._last_answer = f"last {answer.status or 'unanswered'} in {answer.took_s * 1000:.0f} ms"
         if verdict.outcome is Outcome.DELIVERED:
@@ -892,12 +902,12 @@ class Sender:
             self._transport.disconnect()
         return verdict, answer
 
-    def _quiet_end(self, verdict: Verdict, answer: Answer) -> float:
+    def _retry_after_end(self, verdict: Verdict, answer: Answer) -> float:
         """Return until when (monotonic) the dashboard wants no request: its Retry-After."""
         if verdict.outcome is not Outcome.RETRY:
             return -math.inf
         pause = retry_after_s(answer, self._now() - (self.clock_offset_s or 0))
-        # Up to a heartbeat longer: other nodes may have been told the same.
+        # Up to a heartbeat longer: nodes that got the same Retry-After do not return together.
         return self._clock() + pause + self._jitter() * min(pause, self._config.interval_s)
 
     def _post_zonemta(self, sample: Sample) -> None:
@@ -910,10 +920,12 @@ class Sender:
             return
         answer = self._transport.post(request, min(self.stop_by - self._clock(), ZONEMTA_POST_S))
         verdict = judge(answer, self._config.api_key, self._dialect.hints)
+        self._quiet_until = self._retry_after_end(verdict, answer)
         if verdict.outcome is Outcome.DELIVERED:
             self._problems.end("zonemta", "delivering ZoneMTA's figures again")
         else:
-            self._transport.disconnect()
+            if not answer.status:
+                self._transport.disconnect()
             self._problems.begin(
                 "zonemta", f"cannot deliver ZoneMTA's figures: {verdict.problem}", verdict.detail
             )
@@ -944,7 +956,7 @@ class Sender:
         if not self._is_down:
             return
         self._is_down = False
-        lost, self._dropped_told = counters.dropped - self._dropped_told, counters.dropped
+        lost, self._dropped_logged = counters.dropped - self._dropped_logged, counters.dropped
         size = self._config.buffer_size
         self._problems.end(
             "delivery",
@@ -960,17 +972,17 @@ class Sender:
         Refused samples: the first at once, then at most one line an hour.
         """
         counters, now = self._buffer.counters(), self._clock()
-        refused = counters.refused - self._refused_told
-        if refused and now - self._refused_told_at >= REFUSED_LOG_S:
-            self._refused_told, self._refused_told_at = counters.refused, now
+        refused = counters.refused - self._refused_logged
+        if refused and now - self._refused_logged_at >= REFUSED_LOG_S:
+            self._refused_logged, self._refused_logged_at = counters.refused, now
             log.warning(
                 "the dashboard refused %d samples for good (%d since the start): %s",
                 refused, counters.refused, self._refusal,
             )
         size = self._config.buffer_size
-        if not self._is_down and counters.dropped > self._dropped_told:
-            self._dropped_told = counters.dropped
-            if self._deliveries:  # else they were dropped as they were loaded
+        if not self._is_down and counters.dropped > self._dropped_logged:
+            self._dropped_logged = counters.dropped
+            if self._deliveries:  # else they were dropped while loading, and logged there
                 self._problems.begin(
                     "slow", f"the dashboard is too slow: samples are dropped (BUFFER_SIZE={size})"
                 )
@@ -1039,9 +1051,10 @@ class Batch:
 class Worker:
     """Makes calls that may never return in a daemon thread, with a time limit for all of them.
 
-    Each call has half of the time that is left when it begins. One that takes longer is abandoned
-    with its thread: it is named in the log, and not made again until it returns. A new thread
-    makes the calls that follow. While MOST_ABANDONED calls hang, none is made.
+    Each call has half of the time that is left when it begins; the last one has all of it. One
+    that takes longer is abandoned with its thread: it is named in the log, and not made again
+    until it returns. A new thread makes the calls that follow. While MOST_ABANDONED calls hang,
+    none is made.
     """
 
     MOST_ABANDONED = 4
@@ -1068,7 +1081,7 @@ class Worker:
             for name, batch in list(self.hanging.items()):
                 if name in batch.results:
                     del self.hanging[name]
-                    self._problems.end(name, f"{name} no longer hangs")
+                    self._note_return(name, batch.results[name])
             deadline = time.monotonic() + (limit_s or self._limit_s)
             results: dict[str, Any] = {}
             todo = {name: call for name, call in calls.items() if name not in self.hanging}
@@ -1079,13 +1092,20 @@ class Worker:
                 if is_finished or not batch.current:
                     break  # without a current call, the thread did not even begin: a busy machine
                 todo = {n: call for n, call in todo.items() if n not in {*results, batch.current}}
+            for name, result in results.items():
+                self._note_return(name, result)
             return results
         finally:
             self._lock.release()
 
-    def call(self, name: str, call: Callable[[], T]) -> T:
+    def _note_return(self, name: str, result: Any) -> None:
+        """Log that a call no longer hangs, unless it was given up by a time limit of its own."""
+        if not isinstance(result, TimeoutError):
+            self._problems.end(f"{name} hangs", f"{name} no longer hangs")
+
+    def call(self, name: str, call: Callable[[], T], limit_s: float = 0.0) -> T:
         """Make one call; raise TimeoutError if it hangs."""
-        answer = self.run({name: call}).get(name, TimeoutError(f"{name} hangs"))
+        answer = self.run({name: call}, limit_s).get(name, TimeoutError(f"{name} hangs"))
         if isinstance(answer, Exception):
             raise answer
         return answer
@@ -1117,13 +1137,15 @@ class Worker:
 
     def _wait(self, batch: Batch, deadline: float) -> bool:
         """Wait until a batch is finished; abandon it if one of its calls takes too long."""
+        *_, last = batch.calls
         while not batch.finished.is_set():
-            left = (batch.begun + deadline) / 2 - time.monotonic()
+            its_deadline = deadline if batch.current == last else (batch.begun + deadline) / 2
+            left = its_deadline - time.monotonic()
             if left <= 0:
                 batch.is_abandoned, self._inbox = True, None
                 if batch.current:
                     self.hanging[batch.current] = batch
-                    self._problems.begin(batch.current, f"{batch.current} hangs")
+                    self._problems.begin(f"{batch.current} hangs", f"{batch.current} hangs")
                 return False
             batch.finished.wait(left)
         return True
@@ -1171,6 +1193,16 @@ class Verdict:
 
     def __str__(self) -> str:
         return f"{self.problem}: {self.detail}" if self.detail else self.problem
+
+
+@dataclass(slots=True)
+class Tries:
+    """The attempts at one old sample, or at all heartbeats since the last success."""
+
+    since: float = math.inf  # when the first one failed
+    failures: int = 0  # of an attempt and its retries, until they are used up
+    strikes: int = 0  # how often the dashboard rejected this sample, and accepted others between
+    deliveries: int = 0  # Sender._deliveries when the last strike was counted
 
 
 def parse_json(body: bytes) -> dict[str, Any] | None:
@@ -3218,7 +3250,8 @@ class ServicesSeen:
 
 # --- ZoneMTA's own figures ---------------------------------------------------------------
 
-DAEMON_LIMIT_S = 2.0  # for a request to a local daemon
+ZONEMTA_LIMIT_S = 1.0  # for its figures, in one sample
+ZONEMTA_ANSWER_S = 60.0  # a request that hangs is given up after this, and made again
 ZONEMTA_ANSWER_BYTES = 256 * 1024
 
 # Our figure -> ZoneMTA's metric and the label to sum up, over all zones. "rejected" is what a
@@ -3252,8 +3285,9 @@ class ZoneMta:
 
     def __init__(self, url: str) -> None:
         self._path = f"{urlsplit(url).path}/metrics"
-        self._connection = http.client.HTTPConnection(urlsplit(url).netloc, timeout=DAEMON_LIMIT_S)
-        self._worker = Worker(DAEMON_LIMIT_S, Problems())
+        netloc = urlsplit(url).netloc
+        self._connection = http.client.HTTPConnection(netloc, timeout=ZONEMTA_ANSWER_S)
+        self._worker = Worker(ZONEMTA_LIMIT_S, Problems())
 
     def read(self, is_running: bool) -> dict[str, int] | None:
         """Return its figures, None while it hangs; raise one of READ_ERRORS without an answer."""
@@ -3714,6 +3748,8 @@ def set_up_logging(level: str, key: str, environ: Mapping[str, str]) -> None:
 
 
 # --- command line ------------------------------------------------------------------------
+
+EX_TEMPFAIL, EX_CONFIG = 75, 78  # sysexits.h
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -39,7 +39,7 @@ sys.exit(a.Agent(config, os.environ).run())
 """
 # In each thread, what its loop calls, and what it says.
 THREADS = {
-    "collector": ("Collector", "collect", "taking a sample failed"),
+    "collector": ("Collector", "collect", "the collector failed"),
     "sender": ("Sender", "step", "the sender failed"),
 }
 every_thread = pytest.mark.parametrize("thread", THREADS)

@@ -964,7 +964,7 @@ def test_the_ring_never_drops_what_is_being_posted() -> None:
     buffer.settle(oldest, delivered=True)
     assert buffer.counters() == agent.Counters(15, 1, 0, 5, 9)
     assert [one.seq for one in buffer.oldest(2)] == [7, 8]
-    assert [one.seq for one in buffer.oldest(9, last={7, 9})][-3:] == [15, 7, 9]
+    assert [one.seq for one in buffer.oldest(9, postponed={7, 9})][-3:] == [15, 7, 9]
 
 
 def test_a_full_buffer_is_small() -> None:

@@ -186,7 +186,7 @@ def test_threads_that_fill_drain_and_mirror_at_once(folder: Path) -> None:
     crashes: list[BaseException] = []
     is_over = threading.Event()
 
-    def guarded(work: Callable[[], None]) -> threading.Thread:
+    def guarded(work: Callable[[], object]) -> threading.Thread:
         def run() -> None:
             try:
                 while not is_over.is_set():

@@ -36,7 +36,7 @@ PYTEST = (
 HEAD = "head"  # imports and constants, before the first section
 # The test files of each section, the quick ones first.
 TESTS = {
-    HEAD: "collector settings sender transport agent crash state",
+    HEAD: "docs collector settings sender transport agent crash state",
     "the service": "crash agent state fleet",
     "collecting": "collector zonemta dialects numbers",
     "the buffer": "sender state",

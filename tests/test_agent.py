@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import resource
 import signal
 import socket
 import subprocess
@@ -371,6 +372,8 @@ def test_a_poison_sample_does_not_block_the_others(
 def test_stop(
     state: str, number: signal.Signals, dashboard: Dashboard, start_agent: StartAgent
 ) -> None:
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    cpu_s = before.ru_utime + before.ru_stime
     process = start_agent(dashboard.url)
     if state == "starting":
         eventually(lambda: process.lines("started: "))
@@ -389,6 +392,8 @@ def test_stop(
     assert time.monotonic() - started < 6
     assert process.lines("stopped: ")
     assert process.lines("Traceback|Fatal|Exception") == []
+    ended = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert ended.ru_utime + ended.ru_stime - cpu_s < 3  # no wait of a stop is a busy one
     if state == "idle":  # the sample under way, if there was one, is delivered as well
         assert process.counters()["delivered"] == process.counters()["sampled"]
 

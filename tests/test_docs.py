@@ -294,3 +294,8 @@ def test_house_rules() -> None:
     assert SOURCE.count("threading.Thread(") == 3  # collector, sender, workers
     assert SOURCE.count("threading.Lock()") == 2  # of the buffer, of a worker
     assert logging.getLogger("tinomail_agent") is agent.log
+
+
+def test_time_limits_of_what_may_hang() -> None:
+    limits = f"{agent.HANG_LIMIT_S:g} s ({agent.FILES_LIMIT_S:g} s for files below /proc"
+    assert limits in DOCUMENTS["docs/design.md"]

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from conftest import KEY, ROOT, make_config
+from conftest import KEY, ROOT, StartAgent, eventually, make_config, v1_only
 from dashboard import Dashboard
 from hypothesis import given
 from hypothesis import strategies as st
@@ -539,3 +540,25 @@ def test_the_credential_goes_before_a_file_of_the_current_folder(
     environ = {"CREDENTIALS_DIRECTORY": str(credentials)}
     assert agent.find_env_file(None, environ) == str(credentials / "agent.env")
     assert agent.find_env_file(None, {}) == "./.agent.env"
+
+
+def test_the_installed_command_gives_up_root() -> None:
+    if os.geteuid():
+        pytest.skip("needs root")
+    code = "import os, tinomail_agent as a\na.become_nobody()\n" \
+           "print(*os.getresuid(), *os.getresgid(), os.getgroups())"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True,
+                          env={"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT)}, timeout=30)
+    assert done.stdout.split() == ["65534"] * 6 + ["[]"]
+
+
+@v1_only
+def test_the_watchdogs_sigabrt_leaves_the_stack_of_every_thread(
+    dashboard: Dashboard, start_agent: StartAgent
+) -> None:
+    process = start_agent(dashboard.url)
+    eventually(dashboard.stored)
+    process.process.send_signal(signal.SIGABRT)
+    assert process.process.wait(60) == -signal.SIGABRT
+    assert process.lines("Fatal Python error: Aborted")
+    assert process.lines("in _collect") and process.lines("in wait")

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import threading
 import time
+import zlib
 from collections.abc import Iterator
 from datetime import datetime, timedelta, timezone
 from email.utils import format_datetime
@@ -240,6 +241,13 @@ def test_a_server_that_goes_away_is_asked_once(dashboard: Dashboard) -> None:
 def test_interim_answers_are_skipped() -> None:
     url, _ = serve_raw(b"HTTP/1.1 100 Continue\r\n\r\n" * 2 + TAKEN)
     assert agent.Transport(url).post(REQUEST, 3.0).status == 200
+
+
+def test_an_answer_that_is_deflated_all_the_same() -> None:
+    body = zlib.compress(b'{"success": true}')
+    head = b"HTTP/1.1 200 OK\r\nContent-Encoding: deflate\r\nContent-Length: %d\r\n\r\n"
+    url, _ = serve_raw(head % len(body) + body)
+    assert agent.Transport(url).post(REQUEST, 3.0).body == b'{"success": true}'
 
 
 def test_an_answer_that_is_compressed_all_the_same() -> None:

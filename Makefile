@@ -18,11 +18,12 @@ run: $(VENV)/.run
 test: lint unit
 
 # First the tests that compare this machine's numbers, with nothing beside them. All others
-# mostly wait: three files at a time.
+# mostly wait: three files at a time. The last ones start real daemons, which others would see.
 unit: $(VENV)/.test
 	@$(PY) tests/prospects.py
 	@$(PY) -m pytest -m alone
-	@$(PY) -m pytest -m "not alone" $(BESIDE)
+	@$(PY) -m pytest -m "not alone and not service and not long" $(BESIDE)
+	@$(PY) -m pytest -m "service or long" $(BESIDE)
 
 lint: $(VENV)/.test
 	@$(VENV)/bin/ruff check .

@@ -40,7 +40,7 @@ TESTS = {
     "the service": "crash agent state fleet",
     "collecting": "collector zonemta dialects numbers",
     "the buffer": "sender state",
-    "sending": "sender agent fleet",
+    "sending": "sender crash agent fleet",
     "problems, workers, ticks": "worker fleet collector",
     "what an answer leads to": "sender transport dialects",
     "dialects": "dialects transport sender",

@@ -83,8 +83,9 @@ def test_a_crash_is_logged_counted_and_survived(
     assert len(process.lines("^Traceback")) == 1
     assert KEY not in process.output
     counters = process.counters()
-    is_busy = process.lines("cannot read|hangs")  # a machine under load: these count, too
-    assert counters["crashes" if thread == "sender" else "collect"] == 3 or is_busy
+    assert counters["crashes"] == (3 if thread == "sender" else 0)
+    if not process.lines("cannot read|hangs"):  # on a machine under load these count, too
+        assert counters["collect"] == (0 if thread == "sender" else 3)
     assert counters["delivered"] == counters["sampled"]
 
 

@@ -913,14 +913,13 @@ class Sender:
     def _post_zonemta(self, sample: Sample) -> None:
         """Post ZoneMTA's figures where the dialect has an address of their own for them.
 
-        They are posted once: the next sample brings newer ones.
+        They are posted once: the next sample brings newer ones. A failure holds up no sample.
         """
         request = self._dialect.zonemta(sample.packed, self._node_id, self._config.api_key)
         if request is None or not self._fits():
             return
         answer = self._transport.post(request, min(self.stop_by - self._clock(), ZONEMTA_POST_S))
         verdict = judge(answer, self._config.api_key, self._dialect.hints)
-        self._quiet_until = self._retry_after_end(verdict, answer)
         if verdict.outcome is Outcome.DELIVERED:
             self._problems.end("zonemta", "delivering ZoneMTA's figures again")
         else:

@@ -519,9 +519,9 @@ class Buffer:
         self._count = dict.fromkeys(("sampled", "loaded", "delivered", "refused", "dropped"), 0)
 
     def put(self, sample: Sample) -> None:
-        """Add a new sample and wake the sender. While others wait, save it first."""
+        """Add a new sample and wake the sender. While others wait, or may, save it first."""
         with self._lock:
-            is_behind = bool(self._ring)
+            is_behind = bool(self._ring) or not self._is_loaded
             sample = dataclasses.replace(sample, seq=max(sample.seq, self._last_seq + 1))
             self._last_seq = sample.seq
             self._ring[sample.seq] = sample

@@ -138,6 +138,15 @@ def test_in_an_outage_a_sample_is_on_disk_before_its_first_attempt(folder: Path)
     assert (seen[0], seen[-1]) == ([1, 2], [1, 2, 3])
 
 
+def test_a_sample_is_on_disk_at_once_while_those_of_the_last_run_are_not_read(
+    folder: Path,
+) -> None:
+    """Others may wait: a kill in the first moments of an outage costs nothing."""
+    buffer = Buffer(20, State(str(folder)))
+    buffer.put(sample(1))
+    assert on_disk(folder) == [1]
+
+
 def test_what_was_not_delivered_within_a_second_is_written(folder: Path) -> None:
     """save() is what the collector calls a second after each sample."""
     buffer = loaded(Buffer(10, State(str(folder))))

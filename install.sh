@@ -56,6 +56,7 @@ replace=no without_mongodb=no takeover=no was_active=no was_enabled=no  # of the
 had=no had_state=no  # there was an agent of ours, and its state, before this run
 at_work=no           # files of this run must be removed at its end
 placed=no            # the new version is in place, but unproven
+absent=''            # the files that were not there before
 NOT_BACK='The previous state CANNOT be put back (is the disk full?): make room, run install.sh again'
 # For the last line: the cause and the way out; then what runs now.
 cause='' outcome='Nothing was changed.' broken=''
@@ -325,7 +326,9 @@ is_installed() {
 put_in_place() {
     local file
     rm -rf "$old" "${FILES[@]/%/.old}" "$UNIT_FILE.d.old"
-    for file in "${FILES[@]}"; do [ ! -e "$file" ] || cp -p "$file" "$file.old"; done
+    for file in "${FILES[@]}"; do
+        if [ -e "$file" ]; then cp -p "$file" "$file.old"; else absent+=" $file"; fi
+    done
     [ ! -e "$STATE" ] || had_state=yes
     [ ! -e "$DEST" ] || had=yes
     if [ $takeover = yes ]; then
@@ -335,7 +338,7 @@ put_in_place() {
         [ ! -d "$UNIT_FILE.d" ] || cp -pR "$UNIT_FILE.d" "$KEPT.new/"
     fi
     printf '%s\n' "had=$had had_state=$had_state takeover=$takeover" \
-        "was_active=$was_active was_enabled=$was_enabled" >"$unproven.new"
+        "was_active=$was_active was_enabled=$was_enabled absent='$absent'" >"$unproven.new"
     find "$new" "$unproven.new" "$ETC" -type f -exec sync {} +
     mv "$unproven.new" "$unproven"
     placed=yes  # from here on finish() restores what was there
@@ -403,8 +406,9 @@ put_back() {
 restore_files() {
     local file
     for file in "${FILES[@]}"; do
-        if [ ! -e "$file.old" ]; then rm -f "$file"
-        else ln -f "$file.old" "$file.tmp" && mv "$file.tmp" "$file" || return
+        if [[ " $absent " == *" $file "* ]]; then rm -f "$file"
+        elif [ -e "$file.old" ] && ! [ "$file" -ef "$file.old" ]; then
+            ln -f "$file.old" "$file.tmp" && mv "$file.tmp" "$file" || return
         fi
     done
     [ ! -d "$UNIT_FILE.d.old" ] || mv -T "$UNIT_FILE.d.old" "$UNIT_FILE.d"
@@ -426,7 +430,8 @@ recover() {
     put_back || { outcome=''; die "$NOT_BACK"; }
     say "an earlier run of install.sh was cut off. $outcome" >&2
     clean_up
-    had=no had_state=no takeover=no was_active=no was_enabled=no outcome='Nothing was changed.'
+    had=no had_state=no takeover=no was_active=no was_enabled=no absent=''
+    outcome='Nothing was changed.'
 }
 
 # The end of every run: undoes what is unproven and prints the last line.

@@ -211,8 +211,7 @@ class Agent:
             if self._sender.due == math.inf and time.monotonic() > look_up_deadline:
                 break  # the sender looks a name up
             sender.join(0.05)
-        while not self._buffer.save() and time.monotonic() < deadline:
-            time.sleep(0.05)  # a slow disk may still take the samples
+        self._buffer.save()
 
     # - the collector thread
 
@@ -586,15 +585,11 @@ class Buffer:
         """Add the samples that an earlier run left on disk. What cannot be read is tried again."""
         self._sync(LOAD_LIMIT_S)
 
-    def save(self) -> bool:
-        """Write all samples that wait; return False while the disk hangs.
-
-        What the disk refuses is tried again with the next sample.
-        """
+    def save(self) -> None:
+        """Write all samples that wait. What the disk refuses is tried again later."""
         with self._lock:
             self._save_until = self._last_seq
         self._sync()
-        return not self._worker.hanging
 
     def _sync(self, limit_s: float = DISK_LIMIT_S) -> None:
         if self._state and (not self._is_loaded or self._worker.hanging or self._due_files()):
@@ -1080,7 +1075,8 @@ class Worker:
             for name, batch in list(self.hanging.items()):
                 if name in batch.results:
                     del self.hanging[name]
-                    self._note_return(name, batch.results[name])
+                    if name not in calls:  # else it is made again, and may hang again
+                        self._note_return(name, batch.results[name])
             deadline = time.monotonic() + (limit_s or self._limit_s)
             results: dict[str, Any] = {}
             todo = {name: call for name, call in calls.items() if name not in self.hanging}
@@ -1685,7 +1681,8 @@ class Transport:
         if any(isinstance(cause, CERTIFICATE_ERRORS) for cause in causes):
             self._adapter = None
         if is_kept and raw is None and any(isinstance(cause, CLOSED) for cause in causes):
-            return self._attempt(request, within_s)  # the server has just closed it: it was idle
+            # The server has just closed it, because it was idle.
+            return self._attempt(request, self.deadline - time.monotonic())
         return no_answer(causes)
 
     def _send(self, request: Request) -> Any:
@@ -1887,7 +1884,7 @@ def no_answer(causes: list[BaseException]) -> Answer:
 
 STATE_DIRECTORY = "STATE_DIRECTORY"  # its name in the log when it hangs
 FILE_LIMIT_BYTES = 64 * 1024  # of a file with a sample; of the JSON in it: 16 times that
-SAMPLE_FILE = re.compile(r"(\d{12,18})\.sample")
+SAMPLE_FILE = re.compile(r"(\d{12}|[1-9]\d{12,17})\.sample")
 
 
 class SavedSamples(NamedTuple):
@@ -2270,18 +2267,18 @@ class MountTable:
                 yield place, here
             yield place, here
 
-    def local_disks(self) -> list[Mount]:
-        """Return a mount of each local disk: of all of it if there is one, with a short path.
+    def local_disks(self) -> list[list[Mount]]:
+        """Return the mounts of each local disk: first those of all of it, with short paths.
 
         A mount that is hidden below another one does not count.
         """
-        found: dict[str, Mount] = {}
+        found: dict[str, list[Mount]] = {}
         ranked = sorted(self._mounts, key=lambda m: (m.path != "/", m.root != "/", len(m.path)))
         for mount in ranked:
-            if mount.is_local_disk and mount.device not in found:
+            if mount.is_local_disk:
                 way = [passed for _, passed in self.way(mount.path)]
                 if way[-1] is mount and not any(passed.bars_way for passed in way):
-                    found[mount.device] = mount
+                    found.setdefault(mount.device, []).append(mount)
         return list(found.values())
 
     def find(self, path: str, hops: int = 40) -> Mount:
@@ -2315,8 +2312,8 @@ class DiskReader:
         table = MountTable(parse_mountinfo(read_bytes(f"{self.proc}/self/mountinfo")))
         calls: dict[str, Callable[[], dict[str, Any] | None]]
         if self.paths is None:
-            calls = {f"disk {_printable(mount.path)}": functools.partial(read_disk, mount)
-                     for mount in table.local_disks()}
+            calls = {f"disk {_printable(mounts[0].path)}": functools.partial(read_disk, mounts)
+                     for mounts in table.local_disks()}
         else:
             calls = {f"disk {path} of DISK_PATHS": functools.partial(read_disk_at, path, table)
                      for path in self.paths}
@@ -2339,7 +2336,15 @@ class DiskReader:
         return found
 
 
-def read_disk(mount: Mount) -> dict[str, Any] | None:
+def read_disk(mounts: Sequence[Mount]) -> dict[str, Any] | None:
+    """Return read_mount() of the first of a disk's mounts that can be read."""
+    for mount in mounts[:-1]:
+        with contextlib.suppress(OSError):  # a folder on the way may be closed to the agent
+            return read_mount(mount)
+    return read_mount(mounts[-1])
+
+
+def read_mount(mount: Mount) -> dict[str, Any] | None:
     """Return a row of system.disks; None if the file system has no size, or is always full.
 
     Always full is what is read-only without a free block: squashfs, iso9660, an overlay on them.
@@ -2360,7 +2365,7 @@ def read_disk(mount: Mount) -> dict[str, Any] | None:
 
 
 def read_disk_at(path: str, table: MountTable) -> dict[str, Any] | None:
-    return read_disk(table.find(path))
+    return read_mount(table.find(path))
 
 
 def parse_diskstats(data: bytes) -> dict[str, tuple[int, int]]:
@@ -2576,7 +2581,7 @@ class ProcessTable:
         looked = self._look()
         members = self._members(looked)
         found = [known.process for its in members.values() for known in its]
-        rates = self._meter.rates({process.pid: (process.cpu_ticks,) for process in found})
+        rates = self._meter.rates({(p.pid, p.start_ticks): (p.cpu_ticks,) for p in found})
         self._read_at, seconds = self._clock(), self._clock() - self._read_at
         unclear = {service for known in looked if known.cmdline is None
                    and not known.identity.service for service in known.candidates}
@@ -2684,9 +2689,10 @@ class ProcessTable:
         main = min(alive, key=lambda p: (p.ppid in pids, p.start_ticks, p.pid))
         used = 0.0
         for process in found:
-            if rate := rates.get(process.pid):
+            key = process.pid, process.start_ticks
+            if rate := rates.get(key):
                 used += rate[0]
-            elif process.pid not in rates and age_s(process) < seconds:
+            elif key not in rates and age_s(process) < seconds:
                 used += process.cpu_ticks / seconds  # it has started since the last reading
         is_stopped = main.is_dead or main.state in "Tt"
         return {
@@ -3640,10 +3646,14 @@ def load_config(
 
 
 def _problem(setting: Setting, reason: str, text: str, key: str) -> str:
-    """Return the line for a wrong value, without the key and without a password in a URL."""
+    """Return the line for a wrong value, without the key and without a password in a URL.
+
+    If API_KEY has no value, the key may be a part of this one: it is not shown.
+    """
     shown = ""
-    if text and not setting.secret:
-        shown = f"it is '{printable(re.sub('(?s).*@', '***@', text), key, SHOWN_CHARS)}'; "
+    if text and key and not setting.secret:
+        safe = re.sub(r"(?s)\?.*", "?***", re.sub("(?s).*@", "***@", text))
+        shown = f"it is '{printable(safe, key, SHOWN_CHARS)}'; "
     return f"{setting.name}: {reason} ({shown}example: {setting.name}={setting.example})"
 
 

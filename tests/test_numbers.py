@@ -243,7 +243,7 @@ MOUNTINFO = """\
 
 def test_local_disks() -> None:
     disks = agent.MountTable(agent.parse_mountinfo(MOUNTINFO.encode())).local_disks()
-    assert {mount.device: mount.path for mount in disks} == {
+    assert {mounts[0].device: mounts[0].path for mounts in disks} == {
         "254:1": "/",
         "254:2": "/var/mail",
         "0:45": "/home",
@@ -255,13 +255,13 @@ def test_local_disks() -> None:
 
 def test_a_container_has_a_root_whatever_it_is() -> None:
     line = b"500 400 0:55 / / rw - overlay overlay rw,lowerdir=/a\n"
-    [mount] = agent.MountTable(agent.parse_mountinfo(line)).local_disks()
+    [[mount]] = agent.MountTable(agent.parse_mountinfo(line)).local_disks()
     assert (mount.path, mount.fstype) == ("/", "overlay")
 
 
 def disks_of(*lines: str) -> list[str]:
     table = agent.MountTable(agent.parse_mountinfo("\n".join(lines).encode()))
-    return [mount.path for mount in table.local_disks()]
+    return [mounts[0].path for mounts in table.local_disks()]
 
 
 ROOT_ON_DISK = "27 1 254:1 / / rw - ext4 /dev/vda1 rw"
@@ -395,8 +395,19 @@ def test_always_full_is_what_is_read_only_without_a_free_block(
     answer = os.statvfs_result((4096, 4096, 1000, free, 0, 0, 0, 0, 0, 255))
     monkeypatch.setattr(os, "statvfs", lambda _: answer)
     mount = agent.Mount(30, 27, "8:1", "/", "/srv", "ext4", "/dev/sda1", (option,))
-    row = agent.read_disk(mount)
+    row = agent.read_disk([mount])
     assert (row and row["used_percent"]) == share
+
+
+def test_a_mount_that_cannot_be_entered_leaves_the_others_of_its_disk() -> None:
+    first, second = (
+        agent.Mount(number, 27, "8:1", "/", path, "ext4", "/dev/sda1", ("rw",))
+        for number, path in ((30, "/nowhere/at/all"), (31, "/"))
+    )
+    row = agent.read_disk([first, second])
+    assert row and row["mount"] == "/"
+    with pytest.raises(OSError):
+        agent.read_disk([first])
 
 
 def test_a_network_file_system_is_never_touched(
@@ -435,7 +446,8 @@ def test_a_disk_that_hangs_is_no_emptier_disk(
         assert not {"disk_used_percent", "disk_free_bytes"} & found.keys()
     hangs.set()
     eventually(lambda: "disk_used_percent" in collector.readers["disks"](), 30)
-    said = [record.getMessage() for record in caplog.records if "hangs" in record.getMessage()]
+    said = [record.getMessage() for record in caplog.records
+            if "hangs" in record.getMessage() and record.levelname == "WARNING"]
     assert said == [
         "disk /var/mail hangs",
         "cannot read disk_used_percent: a disk hangs, and may be the fullest; "

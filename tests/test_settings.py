@@ -122,7 +122,7 @@ def test_a_bad_value_is_one_line_that_names_the_setting(name: str, value: str, s
         ("CHECK_HOST", "localhost", "'localhost'"),
         ("NODE_ROLE", "two\nlines", "'two?lines'"),
         ("NODE_ID", "ü" * 1000, f"'{'ü' * 60}'"),
-        ("DASHBOARD_URL", "https://joe:p@ss/w@m.example.com?", "'***@m.example.com?'"),
+        ("DASHBOARD_URL", "https://joe:p@ss/w@m.example.com?t=5", "'***@m.example.com?***'"),
         ("NODE_ID", f"a {KEY}", "'a ***'"),
         ("API_KEY", "two words", ""),
     ],
@@ -131,6 +131,17 @@ def test_a_wrong_value_is_shown_unless_it_is_secret(name: str, value: str, shown
     [problem] = problems_of({**GOOD, name: value})
     found = f"it is {shown}; " if shown else ""
     assert problem.endswith(f"({found}example: {name}={EXAMPLES[name]})")
+
+
+def test_a_key_that_slipped_into_another_value_is_not_shown() -> None:
+    """API_KEY is missing then, so that nothing tells which part of the value is the key."""
+    for name, value in (
+        ("DASHBOARD_URL", f"https://m.example.com\nAPI_KEY={KEY}"),
+        ("NODE_ID", f"mta-01 API_KEY={KEY}"),
+    ):
+        problems = problems_of({"DASHBOARD_URL": GOOD["DASHBOARD_URL"], name: value})
+        assert any(problem.startswith(f"{name}: ") for problem in problems)
+        assert KEY not in str(problems)
 
 
 @pytest.mark.parametrize("name", ["DASHBOARD_URL", "API_KEY"])

@@ -44,7 +44,9 @@ class Handler(socketserver.StreamRequestHandler):
                 return  # it hangs up
             status = b"201 Created" if place < CYCLE - 60 else b"503 No"
             self.server.delivered += status.startswith(b"201") and b"/system " in head
-            self.wfile.write(b"HTTP/1.1 " + status + b"\r\nContent-Length: 2\r\n\r\n{}")
+            body = b'{"id":"mta-01"}'
+            self.wfile.write(b"HTTP/1.1 %s\r\nContent-Length: %d\r\n\r\n%s"
+                             % (status, len(body), body))
 
 
 def facts(pid: int) -> dict[str, int]:

@@ -3919,10 +3919,12 @@ def main(argv: list[str] | None = None, *, installed: bool = False) -> int:
     options = parser.parse_args(argv)
     if options.env_file == "":
         parser.error("--env-file needs the name of a file")
+    by_hand = options.once or options.check
+    if installed and not by_hand and "NOTIFY_SOCKET" not in os.environ:
+        parser.error("tinomail-agent.service runs the agent; use --check or --once")
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a path may hold any bytes
-    by_hand = options.once or options.check
     if not by_hand:  # a signal may come before the agent is up
         signal.signal(signal.SIGUSR1, signal.SIG_IGN)
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):

@@ -17,7 +17,16 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from conftest import KEY, AgentProcess, StartAgent, eventually, make_config, running_agents, v1_only
+from conftest import (
+    KEY,
+    ROOT,
+    AgentProcess,
+    StartAgent,
+    eventually,
+    make_config,
+    running_agents,
+    v1_only,
+)
 from dashboard import ANSWERS, APIS, MODES, Dashboard
 
 import tinomail_agent as agent
@@ -97,6 +106,17 @@ def _renamed_sleep(folder: Path, name: str) -> str:
     copy.write_bytes(Path("/bin/sleep").read_bytes())
     copy.chmod(0o755)
     return str(copy)
+
+
+def test_the_installed_command_starts_no_second_agent() -> None:
+    """Without an option it would report the node twice, beside the service, and as root."""
+    code = "import sys, tinomail_agent; sys.exit(tinomail_agent.main([], installed=True))"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, cwd=ROOT,
+        env={"PATH": os.environ["PATH"]},
+    )
+    assert done.returncode == 2
+    assert "tinomail-agent.service runs the agent; use --check or --once" in done.stderr
 
 
 # --- outages

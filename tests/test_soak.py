@@ -31,10 +31,15 @@ class Dashboard(socketserver.ThreadingTCPServer):
 class Handler(socketserver.StreamRequestHandler):
     server: Dashboard
 
+    def read_head(self) -> bytes:
+        """Return the lines of a request's head; nothing at the end of the connection."""
+        lines = []
+        while (line := self.rfile.readline()) not in (b"", b"\r\n"):
+            lines.append(line)
+        return b"".join(lines)
+
     def handle(self) -> None:
-        while head := b"".join(iter(self.rfile.readline, b"\r\n")):
-            if not head.endswith(b"\r\n"):
-                return
+        while head := self.read_head():
             found = re.search(rb"Content-Length: (\d+)", head)
             assert found
             self.rfile.read(int(found[1]))

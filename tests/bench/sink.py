@@ -16,7 +16,7 @@ import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-ANSWER = b'{"success":true}'
+ANSWER = b'{"success":true,"data":{"id":"mta-01"}}'
 
 
 class Handler(BaseHTTPRequestHandler):

@@ -519,8 +519,8 @@ do_uninstall() {
     say_node_agent
     if [ $purge = no ]; then
         stays=$(find "$ETC" "$UNIT_FILE.d" "$STATE" -maxdepth 0 -printf '%p ' 2>/dev/null) || :
-        say "done: removed. These stay, until install.sh --uninstall --purge (of a bundle):" \
-            "$stays${packages[*]}"
+        stays+=${packages[*]}
+        say "done: removed.${stays:+ These stay (install.sh --uninstall --purge of a bundle removes them): $stays}"
         return
     fi
     rm -rf "$ETC" "$UNIT_FILE.d" "$STATE" /var/lib/tinomail-agent

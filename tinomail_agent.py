@@ -758,7 +758,9 @@ class Sender:
     def _attempt(self, sample: Sample) -> None:
         """Post the first sample of the plan, and plan what its outcome asks for."""
         is_heartbeat = sample.seq == self._heartbeat_seq
-        verdict = self._deliver(sample) if is_heartbeat else self._post(sample)
+        neutral = unpack(sample.packed)
+        post = self._deliver if is_heartbeat else self._post
+        verdict = post(sample, neutral)
         if verdict.outcome is Outcome.DELIVERED:
             self._buffer.settle(sample, delivered=True)
             self._deliveries += 1
@@ -766,7 +768,7 @@ class Sender:
                 self._plan = self._buffer.oldest(DRAIN_PER_SUCCESS, postponed=self._tries)
                 self._report_recovery()
                 self._heartbeats = Tries()
-                self._post_zonemta(sample)
+                self._post_zonemta(neutral)
             return
         tries = self._heartbeats if is_heartbeat else self._tries.setdefault(sample.seq, Tries())
         tries.failures += verdict.outcome is Outcome.RETRY
@@ -823,24 +825,24 @@ class Sender:
 
     # - registration
 
-    def _deliver(self, newest: Sample) -> Verdict:
+    def _deliver(self, newest: Sample, neutral: Neutral) -> Verdict:
         """Post the newest sample; register the node first if need be."""
-        is_new = self._registered != self._registration(newest, self._transport.local_ip or "")
+        is_new = self._registered != self._registration(neutral, self._transport.local_ip or "")
         if not self._node_id or (is_new and self._clock() >= self._register_after):
-            verdict = self._register(newest)
+            verdict = self._register(neutral)
             if not self._node_id:
                 return verdict
-        verdict = self._post(newest)
+        verdict = self._post(newest, neutral)
         if verdict.outcome is Outcome.REGISTER and self._clock() >= self._register_after:
-            registration = self._register(newest)
+            registration = self._register(neutral)
             if registration.outcome is not Outcome.DELIVERED:
                 return registration
-            verdict = self._post(newest)
+            verdict = self._post(newest, neutral)
             if verdict.outcome is Outcome.REGISTER:
                 self._register_after = self._clock() + REGISTER_AGAIN_S
         return verdict
 
-    def _register(self, sample: Sample) -> Verdict:
+    def _register(self, neutral: Neutral) -> Verdict:
         """Register the node as it was in that sample."""
         self._own_id = self._own_id or host_name()
         if not self._own_id:
@@ -848,14 +850,14 @@ class Sender:
         # Before the first registration, the kept address may belong to another dashboard address.
         known_ip = self._transport.local_ip if self._node_id else None
         ip = known_ip or self._transport.route_ip()
-        request = self._registration(sample, ip)
+        request = self._registration(neutral, ip)
         verdict, answer = self._exchange(request, judge_registration)
         if verdict.outcome is Outcome.DELIVERED:
             self._node_id = self._dialect.confirmed_id(answer.body) or self._own_id
             self._problems.end("registration")
             if request != self._registered:
                 shown = printable(self._node_id, self._config.api_key)
-                log.info("registered as %s (role %s, address %s)", shown, sample.role, ip)
+                log.info("registered as %s (role %s, address %s)", shown, neutral["role"], ip)
             self._registered = request
         elif self._node_id:  # samples go on under the id that was confirmed before
             self._register_after = self._retry_after_end(verdict, answer)
@@ -868,14 +870,14 @@ class Sender:
         # Not an error of its own: a registration that fails is no strike against the sample.
         return dataclasses.replace(verdict, problem=problem, is_own_error=False)
 
-    def _registration(self, sample: Sample, ip: str) -> Request:
-        return self._dialect.register(sample.packed, self._own_id, ip, self._config.api_key)
+    def _registration(self, neutral: Neutral, ip: str) -> Request:
+        return self._dialect.register(neutral, self._own_id, ip, self._config.api_key)
 
     # - posting
 
-    def _post(self, sample: Sample) -> Verdict:
+    def _post(self, sample: Sample, neutral: Neutral) -> Verdict:
         """Post a sample. What the dashboard refuses is posted once more at once."""
-        request = self._dialect.sample(sample.packed, self._node_id, self._config.api_key)
+        request = self._dialect.sample(neutral, self._node_id, self._config.api_key)
         self._buffer.begin_post(sample)
         for _ in range(2):
             verdict, answer = self._exchange(request, judge)
@@ -905,12 +907,12 @@ class Sender:
         # Up to a heartbeat longer: nodes that got the same Retry-After do not return together.
         return self._clock() + pause + self._jitter() * min(pause, self._config.interval_s)
 
-    def _post_zonemta(self, sample: Sample) -> None:
+    def _post_zonemta(self, neutral: Neutral) -> None:
         """Post ZoneMTA's figures where the dialect has an address of their own for them.
 
         They are posted once: the next sample brings newer ones. A failure holds up no sample.
         """
-        request = self._dialect.zonemta(sample.packed, self._node_id, self._config.api_key)
+        request = self._dialect.zonemta(neutral, self._node_id, self._config.api_key)
         if request is None or not self._fits():
             return
         answer = self._transport.post(request, min(self.stop_by - self._clock(), ZONEMTA_POST_S))
@@ -1400,22 +1402,22 @@ class Dialect:
     is_gzip: bool  # samples are
     confirms_id: bool  # samples go under the id in the answer to a registration
 
-    def register(self, packed: bytes, node_id: str, ip: str, key: str) -> Request:
+    def register(self, neutral: Neutral, node_id: str, ip: str, key: str) -> Request:
         """Render the registration of this machine, as it was in a neutral sample."""
         hostname = _printable(socket.gethostname())[:255]
-        body = {"hostname": hostname, **self.node(unpack(packed), node_id, ip)}
+        body = {"hostname": hostname, **self.node(neutral, node_id, ip)}
         return Request("/api/v1/nodes", self.headers(key), _json(body))
 
-    def sample(self, packed: bytes, node_id: str, key: str) -> Request:
+    def sample(self, neutral: Neutral, node_id: str, key: str) -> Request:
         """Render a neutral sample; the same bytes each time for the same node id."""
-        headers, body = self.headers(key), _json(self.body(unpack(packed), node_id))
+        headers, body = self.headers(key), _json(self.body(neutral, node_id))
         if self.is_gzip:
             headers, body = {**headers, "Content-Encoding": "gzip"}, gzip.compress(body, mtime=0)
         return Request("/api/v1/metrics/system", headers, body)
 
-    def zonemta(self, packed: bytes, node_id: str, key: str) -> Request | None:
+    def zonemta(self, neutral: Neutral, node_id: str, key: str) -> Request | None:
         """Render what is posted after a sample; None if there is nothing."""
-        body = self.queue(unpack(packed), node_id)
+        body = self.queue(neutral, node_id)
         return Request("/api/v1/metrics/zonemta", self.headers(key), _json(body)) if body else None
 
     def confirmed_id(self, answer: bytes) -> str | None:
@@ -1481,8 +1483,7 @@ MONITOR_QUEUE = {
     "rejectedTotal": ("rejected_total",),
     "connectionsActive": ("connections",),
 }
-# Columns of 4 bytes: a larger value is a 500 for the whole sample. The kernel's count of
-# connections is one: it may fall below 0 for a moment, and reads as 2^64 - 1 then.
+# Columns of 4 bytes: a larger value is a 500 for the whole sample.
 MONITOR_INT4 = ("tcpEstablished", "tcpTimeWait", "openFiles", "queueSize", "connectionsActive")
 
 
@@ -3830,15 +3831,15 @@ def try_dashboard(config: Config, transport: Transport, sample: Sample) -> tuple
     if not config.node_id:
         return 1, f"FAILED: {NO_HOST_NAME}"
     dialect, key, started = DIALECTS[config.dashboard_api], config.api_key, time.monotonic()
-    ip = transport.route_ip()
-    answer = transport.post(dialect.register(sample.packed, config.node_id, ip, key))
+    ip, neutral = transport.route_ip(), unpack(sample.packed)
+    answer = transport.post(dialect.register(neutral, config.node_id, ip, key))
     verdict = judge_registration(answer, key, dialect.hints)
     words = f"{verdict}"
     if verdict.outcome is Outcome.DELIVERED:
         node_id = dialect.confirmed_id(answer.body) or config.node_id
         words = f"registered as {printable(node_id, key)} (role {sample.role}, address {ip})"
-        neutral = {name: part for name, part in unpack(sample.packed).items() if name != "agent"}
-        answer = transport.post(dialect.sample(pack(neutral), node_id, key))
+        neutral.pop("agent")
+        answer = transport.post(dialect.sample(neutral, node_id, key))
         verdict = judge(answer, key, dialect.hints)
         if verdict.outcome is Outcome.DELIVERED:
             took_ms = (time.monotonic() - started) * 1000

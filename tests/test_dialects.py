@@ -80,21 +80,21 @@ def on_disk(body: Any) -> bytes:
 
 
 def rendered(api: str, neutral: Any) -> Any:
-    request = agent.DIALECTS[api].sample(on_disk(neutral), "mta-01", KEY)
+    request = agent.DIALECTS[api].sample(agent.unpack(on_disk(neutral)), "mta-01", KEY)
     packed = request.headers.get("Content-Encoding") == "gzip"
     return json.loads(gzip.decompress(request.body) if packed else request.body)
 
 
 def registration(api: str, ip: str = "10.0.0.1", **change: Any) -> Any:
-    packed = agent.pack({**GOOD, **change})
-    return json.loads(agent.DIALECTS[api].register(packed, "mta-01", ip, KEY).body)
+    neutral = {**GOOD, **change}
+    return json.loads(agent.DIALECTS[api].register(neutral, "mta-01", ip, KEY).body)
 
 
 # --- what is posted
 
 
 def test_a_sample_for_tinomail_monitor() -> None:
-    request = agent.MONITOR.sample(agent.pack(GOOD), "mta-01", KEY)
+    request = agent.MONITOR.sample(GOOD, "mta-01", KEY)
     assert request.path == "/api/v1/metrics/system"
     assert request.headers == {"x-api-key": KEY, "Content-Type": "application/json"}
     assert json.loads(request.body) == {
@@ -121,7 +121,7 @@ def test_a_sample_for_v1_is_as_it_was_taken() -> None:
 
 
 def test_the_mail_queue_for_tinomail_monitor() -> None:
-    request = agent.MONITOR.zonemta(agent.pack(GOOD), "mta-01", KEY)
+    request = agent.MONITOR.zonemta(GOOD, "mta-01", KEY)
     assert request and request.path == "/api/v1/metrics/zonemta"
     assert request.headers == {"x-api-key": KEY, "Content-Type": "application/json"}
     body = json.loads(request.body)
@@ -136,12 +136,12 @@ def test_the_mail_queue_for_tinomail_monitor() -> None:
 
 def test_an_unknown_figure_of_the_queue_is_left_out_and_no_figure_is_no_post() -> None:
     figures = {"delivered_total": 1, "deferred": 7}
-    request = agent.MONITOR.zonemta(agent.pack({**GOOD, "zonemta": figures}), "mta-01", KEY)
+    request = agent.MONITOR.zonemta({**GOOD, "zonemta": figures}, "mta-01", KEY)
     assert request and json.loads(request.body) == {
         "nodeId": "mta-01", "timestamp": STAMP, "deferredTotal": 7, "deliveredTotal": 1}
     for without in ({**GOOD, "zonemta": {}}, {k: v for k, v in GOOD.items() if k != "zonemta"}):
-        assert agent.MONITOR.zonemta(agent.pack(without), "mta-01", KEY) is None
-    assert agent.V1.zonemta(agent.pack(GOOD), "mta-01", KEY) is None  # a part of the sample
+        assert agent.MONITOR.zonemta(without, "mta-01", KEY) is None
+    assert agent.V1.zonemta(GOOD, "mta-01", KEY) is None  # a part of the sample
 
 
 def test_a_figure_of_a_process_that_is_not_known_is_0_for_tinomail_monitor() -> None:
@@ -164,8 +164,8 @@ def test_roles(role: str, sent: str) -> None:
 
 
 def test_a_registration_at_tinomail_monitor() -> None:
-    packed = agent.pack({**GOOD, "role": "haraka", "seen": ["haraka", "postfix", "redis"]})
-    request = agent.MONITOR.register(packed, "mta-01", "fe80::1%eth0", KEY)
+    neutral = {**GOOD, "role": "haraka", "seen": ["haraka", "postfix", "redis"]}
+    request = agent.MONITOR.register(neutral, "mta-01", "fe80::1%eth0", KEY)
     assert (request.path, request.headers["x-api-key"]) == ("/api/v1/nodes", KEY)
     assert "Content-Encoding" not in request.headers
     body = json.loads(request.body)
@@ -219,9 +219,9 @@ def test_nothing_of_a_real_sample_is_left_out(api: str) -> None:
 
 @pytest.mark.parametrize("api", APIS)
 def test_the_same_bytes_each_time(api: str) -> None:
-    one, two = (agent.DIALECTS[api].sample(agent.pack(GOOD), "mta-01", KEY) for _ in range(2))
+    one, two = (agent.DIALECTS[api].sample(GOOD, "mta-01", KEY) for _ in range(2))
     assert one == two
-    assert agent.DIALECTS[api].sample(agent.pack(GOOD), "mta-02", KEY).body != one.body
+    assert agent.DIALECTS[api].sample(GOOD, "mta-02", KEY).body != one.body
 
 
 # --- what is left out
@@ -240,7 +240,7 @@ def test_what_is_too_large_for_a_column_of_4_bytes(name: str) -> None:
 
 def test_a_queue_too_large_for_its_column() -> None:
     figures = {**GOOD["zonemta"], "queued": INT4, "connections": INT4 + 1}
-    request = agent.MONITOR.zonemta(agent.pack({**GOOD, "zonemta": figures}), "mta-01", KEY)
+    request = agent.MONITOR.zonemta({**GOOD, "zonemta": figures}, "mta-01", KEY)
     assert request
     left_out = {"queueSize", "connectionsActive"}
     assert set(agent.MONITOR_QUEUE) - left_out == set(json.loads(request.body)) - {
@@ -279,9 +279,9 @@ def test_a_sample_from_disk_is_damaged_or_can_be_posted_in_each_dialect(
     if sample is None:
         return
     for api in APIS:
-        agent.DIALECTS[api].register(sample.packed, "mta-01", "10.0.0.1", KEY)
+        agent.DIALECTS[api].register(agent.unpack(sample.packed), "mta-01", "10.0.0.1", KEY)
         assert rendered(api, agent.unpack(sample.packed))["timestamp"] == STAMP
-        agent.DIALECTS[api].zonemta(sample.packed, "mta-01", KEY)
+        agent.DIALECTS[api].zonemta(agent.unpack(sample.packed), "mta-01", KEY)
 
 
 @pytest.mark.parametrize(
@@ -655,7 +655,7 @@ def test_more_than_1000_metrics_a_minute(monitor: Dashboard) -> None:
     assert post(monitor, METRICS, b"{")[0] == 429  # before the body is read
     assert len(monitor.stored()) == 2
     transport = agent.Transport(monitor.url)
-    answer = transport.post(agent.MONITOR.sample(agent.pack(GOOD), "mta-01", KEY), 5.0)
+    answer = transport.post(agent.MONITOR.sample(GOOD, "mta-01", KEY), 5.0)
     assert 0 < agent.retry_after_s(answer, 0.0) <= 60
     limits = monitor.count_post("127.0.0.1", METRICS, {"x-api-key": KEY})
     assert limits["x-ratelimit-limit"] == "3" and limits["x-ratelimit-remaining"] == "0"

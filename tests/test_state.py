@@ -263,13 +263,18 @@ def test_a_restart_goes_on_where_it_was(folder: Path, caplog: pytest.LogCaptureF
     assert on_disk(folder) == []
 
 
+def save_20(folder: Path) -> None:
+    """Leave 20 samples on disk, as a run that has ended does."""
+    buffer = loaded(Buffer(20, State(str(folder))))
+    for seq in range(1, 21):
+        buffer.put(sample(seq))
+    buffer.save()
+
+
 def test_a_smaller_buffer_keeps_the_newest(
     folder: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    first = loaded(Buffer(20, State(str(folder))))
-    for seq in range(1, 21):
-        first.put(sample(seq))
-    first.save()
+    save_20(folder)
     second = loaded(Buffer(10, State(str(folder))))
     assert second.counters() == agent.Counters(0, 0, 0, 10, 10, loaded=20)
     assert seqs(second) == on_disk(folder) == list(range(11, 21))
@@ -279,10 +284,7 @@ def test_a_smaller_buffer_keeps_the_newest(
 def test_what_an_earlier_run_left_too_much_is_not_the_dashboards_fault(
     folder: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    first = loaded(Buffer(20, State(str(folder))))
-    for seq in range(1, 21):
-        first.put(sample(seq))
-    first.save()
+    save_20(folder)
     site = Node(folder, buffer_size=10)
     site.beat(3)
     assert site.counters.waiting == 0

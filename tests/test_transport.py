@@ -32,9 +32,9 @@ import tinomail_agent as agent
 from tinomail_agent import Answer, Outcome
 
 LIMIT_S = 1.0
-PACKED = agent.pack({"timestamp": "t", "role": "haraka", "system": {"open_files": 1}})
+NEUTRAL = {"timestamp": "t", "role": "haraka", "system": {"open_files": 1}}
 REQUESTS = {
-    api: dialect.register(PACKED, "mta-01", "10.0.0.1", KEY)
+    api: dialect.register(NEUTRAL, "mta-01", "10.0.0.1", KEY)
     for api, dialect in agent.DIALECTS.items()
 }
 REQUEST = REQUESTS["v1"]
@@ -693,7 +693,7 @@ def test_backoff() -> None:
 
 
 def test_v1() -> None:
-    request = agent.V1.sample(PACKED, "id-7", KEY)
+    request = agent.V1.sample(NEUTRAL, "id-7", KEY)
     assert request.path == "/api/v1/metrics/system"
     assert request.headers == {
         "Authorization": f"Bearer {KEY}", "Content-Type": "application/json",
@@ -738,7 +738,7 @@ def test_the_stand_in_refuses(change: dict[str, object], says: str, dashboard: D
     transport = agent.Transport(dashboard.url)
     assert transport.post(REQUEST).status == 201
     body = gzip.compress(json.dumps({**GOOD, **change}).encode())
-    headers = agent.V1.sample(agent.pack({"role": "", "system": {}}), "x", KEY).headers
+    headers = agent.V1.sample({"role": "", "system": {}}, "x", KEY).headers
     answer = transport.post(agent.Request("/api/v1/metrics/system", headers, body))
     assert answer.status == 422
     assert says in answer.body.decode()
@@ -761,7 +761,7 @@ def test_the_stand_in_refuses(change: dict[str, object], says: str, dashboard: D
 def test_the_stand_in_refuses_what_is_no_proper_post(
     headers: dict[str, str], body: bytes, status: int, dashboard: Dashboard
 ) -> None:
-    good = agent.V1.sample(agent.pack({"role": "", "system": {}}), "x", KEY).headers
+    good = agent.V1.sample({"role": "", "system": {}}, "x", KEY).headers
     request = agent.Request("/api/v1/metrics/system", {**good, **headers}, body)
     assert agent.Transport(dashboard.url).post(request).status == status
 

@@ -67,7 +67,7 @@ def body_bytes(cores: int, disks: int) -> tuple[tuple[float, ...], tuple[float, 
     packed, plain = [], []
     for _ in range(RUNS):
         sample = busy_sample(cores, chance, disks)
-        packed.append(float(len(dialect.sample(agent.pack(sample), "mta-01", "k").body)))
+        packed.append(float(len(dialect.sample(sample, "mta-01", "k").body)))
         plain.append(float(len(json.dumps(sample, separators=(",", ":")))))
     return tuple(packed), tuple(plain)
 

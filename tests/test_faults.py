@@ -288,7 +288,9 @@ def stopped_with_a_frozen_disk(scene: Scene) -> None:
         eventually(lambda: process.lines("cannot deliver"), LIMIT_S)
         freeze("-f")
         try:
+            count = len(scene.taken())
             eventually(lambda: process.lines("STATE_DIRECTORY hangs"), LIMIT_S)
+            eventually(lambda: len(scene.taken()) > count + 10, LIMIT_S, "samples go on")
             scene.server.fault = "off"
             scene.wait_until_drained()
             asked = time.monotonic()

@@ -41,7 +41,7 @@ dist: $(BUNDLE)
 $(BUNDLE): tinomail_agent.py tinomail-agent.service install.sh agent.env.example README.md \
     CHANGELOG.md LICENSE $(wildcard docs/*.md packaging/*) | $(VENV)/bin/python
 	@echo "building $@"
-	@$(PY) packaging/bundle.py
+	@$(PY) packaging/bundle.py >/dev/null
 
 # Pins the newest versions of the bundle's libraries in packaging/requirements*.txt.
 pins: $(VENV)/bin/python

@@ -110,7 +110,7 @@ RELEASED = 1_795_651_200  # 2026-11-26, in epoch seconds: a clock that shows les
 
 PRIME_S = 1.0  # the first rates and CPU shares are measured over this long
 HANG_LIMIT_S = 1.0  # for all calls of a kind that may hang, in one sample
-FILES_LIMIT_S = 2.0  # for a file of /proc: late figures are better than none
+FILES_LIMIT_S = 4.0  # for all files that lxcfs may provide: late figures are better than none
 ZONEMTA_POST_S = 5.0  # deadline of the post of ZoneMTA's figures
 REQUEST_DEADLINE_S = 10.0  # connect, TLS, request and answer together, without the name look-up
 SLOW_DEADLINE_S = 30.0  # the same, after an attempt that ran out of time
@@ -211,7 +211,6 @@ class Agent:
             if self._sender.due == math.inf and time.monotonic() > look_up_deadline:
                 break  # the sender looks a name up
             sender.join(0.05)
-        self._buffer.save()
 
     # - the collector thread
 
@@ -318,6 +317,12 @@ class Agent:
 
 # --- collecting --------------------------------------------------------------------------
 
+# Reader -> its file. In a container lxcfs, a FUSE file system, may provide it: it may hang.
+LXCFS_FILES = {
+    "cpu": "/proc/stat", "memory": "/proc/meminfo", "disk_io": "/proc/diskstats",
+    "load": "/proc/loadavg", "uptime": "/proc/uptime",
+}
+
 
 class Collector:
     """Takes the samples; used by one thread only."""
@@ -343,6 +348,7 @@ class Collector:
             proc, clock, self._missing, Worker(HANG_LIMIT_S, self._problems),
             cgroup_root=f"{sys_root}/fs/cgroup", watched=config.watch_processes,
         )
+        self._files = Worker(FILES_LIMIT_S, self._problems)
         self.readers = self._make_readers(proc, sys_root)
 
     def _make_readers(self, proc: str, sys_root: str) -> dict[str, Callable[[], dict[str, Any]]]:
@@ -354,18 +360,16 @@ class Collector:
         disks = DiskReader(proc, config.disk_paths, missing, Worker(HANG_LIMIT_S, self._problems))
         network = NetworkReader(sys_root, config.net_interfaces, clock, missing)
         cpu, disk_io = CpuReader(proc, clock), DiskIoReader(proc, sys_root, clock)
-        # In a container lxcfs, a FUSE file system, may provide these files: they hang if it does.
-        files = Worker(FILES_LIMIT_S, self._problems)
         return {
-            "cpu": lambda: files.call("/proc/stat", cpu.read),
-            "memory": lambda: files.call("/proc/meminfo", lambda: read_memory(proc)),
+            "cpu": cpu.read,
+            "memory": lambda: read_memory(proc),
             "disks": disks.read,
-            "disk_io": lambda: files.call("/proc/diskstats", disk_io.read),
+            "disk_io": disk_io.read,
             "network": network.read,
-            "load": lambda: files.call("/proc/loadavg", lambda: read_load(proc)),
+            "load": lambda: read_load(proc),
             "tcp_connections": lambda: read_tcp(proc),
             "open_files": lambda: read_open_files(proc),
-            "uptime": lambda: files.call("/proc/uptime", lambda: read_uptime(proc)),
+            "uptime": lambda: read_uptime(proc),
             "pressure": PressureReader(proc, clock).read,
             "oom_kills": lambda: read_oom_kills(proc),
             "listen_overflows": lambda: read_listen_overflows(proc),
@@ -375,8 +379,8 @@ class Collector:
 
     def prime(self) -> None:
         """Take a first reading of every counter, so that the next one has rates."""
-        rates = [self.readers[name] for name in ("cpu", "disk_io", "network", "pressure")]
-        for reader in (self._processes.read, *rates):
+        self._read_files("cpu", "disk_io")
+        for reader in (self._processes.read, self.readers["network"], self.readers["pressure"]):
             with contextlib.suppress(*READ_ERRORS):  # the first sample will log it
                 reader()
 
@@ -384,7 +388,7 @@ class Collector:
         """Take one sample; what cannot be read is left out, logged once and counted."""
         started, taken = self._clock(), self._now()
         system: dict[str, Any] = {}
-        for name, reader in self.readers.items():
+        for name, reader in {**self.readers, **self._read_files(*LXCFS_FILES)}.items():
             system.update(self._try(name, reader))
         body: dict[str, Any] = {"timestamp": iso_utc(taken), "system": system}
         for part, name, reader in (
@@ -410,6 +414,13 @@ class Collector:
             **self._agent_figures(),
         }
         return Sample(int(taken * 1000), role, pack(body))
+
+    def _read_files(self, *names: str) -> dict[str, Callable[[], dict[str, Any]]]:
+        """Call these readers in the worker; return name -> what returns or raises its result."""
+        paths = {name: LXCFS_FILES[name] for name in names if name in self.readers}
+        answers = self._files.run({path: self.readers[name] for name, path in paths.items()})
+        return {name: functools.partial(Worker.result, answers, path)
+                for name, path in paths.items()}
 
     def _try(self, name: str, reader: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """Run a reader; drop and count what is None, not finite, or could not be read."""
@@ -701,7 +712,7 @@ class Sender:
         self._due = math.inf  # when the pause after the last step ends, or when a step began
 
     def run(self) -> None:
-        """Deliver until the buffer is closed; then the newest, and as many old ones as fit."""
+        """Deliver until the buffer is closed; then the newest, and those that it lets follow."""
         self._guarded(self._buffer.load)
         while not self._buffer.is_closed:
             self._buffer.wait(self._guarded(self.step))
@@ -990,7 +1001,7 @@ class Sender:
     def status(self) -> str:
         """Say in one line how the sending goes, for `systemctl status`."""
         counters = self._buffer.counters()
-        state = "not delivering" if self._is_down else "ok"
+        state = "not delivering" if self._is_down else "ok" if self._deliveries else "starting"
         sent, waiting = counters.delivered, counters.waiting
         return f"{state}: {sent} sent, {waiting} waiting, {self._last_answer}"
 
@@ -1102,7 +1113,12 @@ class Worker:
 
     def call(self, name: str, call: Callable[[], T], limit_s: float = 0.0) -> T:
         """Make one call; raise TimeoutError if it hangs."""
-        answer = self.run({name: call}, limit_s).get(name, TimeoutError(f"{name} hangs"))
+        return self.result(self.run({name: call}, limit_s), name)
+
+    @staticmethod
+    def result(results: Mapping[str, T | Exception], name: str) -> T:
+        """Return what a call of run() returned; raise what it raised, TimeoutError if it hangs."""
+        answer = results.get(name, TimeoutError(f"{name} hangs"))
         if isinstance(answer, Exception):
             raise answer
         return answer
@@ -1280,6 +1296,8 @@ def judge(answer: Answer, key: str, hints: tuple[Rule, ...] = ()) -> Verdict:
     if answer.status == 0:
         return Verdict(Outcome.RETRY, answer.reason)
     rule = next(r for r in (*hints, *RULES) if r.fits(answer.status, answer.body))
+    if rule.outcome is Outcome.DELIVERED:
+        return Verdict(Outcome.DELIVERED)
     server = printable(answer.server, key, HEADER_CHARS)
     problem = (
         f"answered {answer.status}" + (f" (Server: {server})" if server else "")
@@ -3595,7 +3613,8 @@ def read_env_file(path: str, shown: str) -> tuple[dict[str, str], list[str], lis
             data = stream.read(MIB)
             mode = os.fstat(stream.fileno()).st_mode
     except OSError as error:
-        return {}, [f"{shown}: cannot be read: {os.strerror(error.errno or 0)}"], []
+        way_out = "; use sudo" if isinstance(error, PermissionError) and os.geteuid() else ""
+        return {}, [f"{shown}: cannot be read: {os.strerror(error.errno or 0)}{way_out}"], []
     values, problems = parse_env(data)
     warnings = []
     if values.get("API_KEY") and mode & stat.S_IROTH:
@@ -3898,7 +3917,7 @@ def unit_environ() -> dict[str, str]:
     except (OSError, subprocess.SubprocessError, ValueError):
         return {}  # no systemd or no unit
     pairs = (word.partition("=") for word in words)
-    return {name: value for name, _, value in pairs if name in KNOWN_NAMES}
+    return {name: value for name, _, value in pairs}
 
 
 def become_nobody() -> None:

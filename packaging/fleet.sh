@@ -113,8 +113,8 @@ count() { if [ -e "$LOGS/$1" ]; then wc -l <"$LOGS/$1"; else echo 0; fi; }
 
 job=${1:-}
 case $job in
-    deploy) [ $# -ge 3 ] || job= ;;
-    status) [ $# -ge 2 ] || job= ;;
+    deploy) [ $# -ge 3 ] || wrong "deploy needs hosts: make deploy HOSTS=\"mta-01 mta-02\" (or HOSTS=FILE)" ;;
+    status) [ $# -ge 2 ] || wrong "status needs hosts: make status HOSTS=\"mta-01 mta-02\" (or HOSTS=FILE)" ;;
     --one)  read -ra words <<<"$3"; one "$2" "${words[@]}"; exit ;;
     *)      job= ;;
 esac

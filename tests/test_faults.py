@@ -29,6 +29,8 @@ import trustme
 from conftest import KEY, ROOT, AgentProcess, eventually
 from dashboard import Dashboard
 
+import tinomail_agent as agent
+
 pytestmark = pytest.mark.long
 
 BEAT_MS = 100
@@ -129,6 +131,7 @@ class Scene:
     settings: dict[str, str] = field(default_factory=dict)
     kills: dict[int, float] = field(default_factory=dict)  # life -> when it was killed
     stored: list[str] = field(default_factory=list)  # in the end
+    saved: set[str] = field(default_factory=set)  # what the agent left on disk when it stopped
 
     def environ(self) -> dict[str, str]:
         return {
@@ -146,6 +149,9 @@ class Scene:
         try:
             yield process
             assert process.stop() == 0, process.output
+            self.saved = {agent.unpack(sample.packed)["timestamp"]
+                          for sample in agent.State(str(self.folder / "state")).load().samples}
+            assert len(self.saved) == process.counters()["waiting"]
         finally:
             if process.process.poll() is None:
                 process.process.kill()
@@ -188,10 +194,13 @@ class Scene:
               f"{len(self.server.posts)} requests")
 
     def check(self, lost_answers: float) -> None:
-        """All that was taken is there, and twice only where an answer was lost on the way."""
+        """All that was taken is there, and twice only where an answer was lost on the way.
+
+        On a loaded machine, some of the last ones wait on disk for the next start.
+        """
         taken, arrived = set(self.taken()), self.arrivals()
         assert len(taken) > 10
-        assert taken - set(arrived) == set(), "missing"
+        assert taken - set(arrived) <= self.saved, "missing"
         assert set(arrived) == set(self.stored)
         assert sum(times - 1 for times in arrived.values()) <= lost_answers
 

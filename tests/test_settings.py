@@ -255,6 +255,17 @@ def test_a_file_that_cannot_be_read(make: object, says: str, tmp_path: Path) -> 
     assert problem.startswith(f"{path}: cannot be read: {says}")
 
 
+def test_a_file_of_root_alone(tmp_path: Path) -> None:
+    path = write(tmp_path, "API_KEY=k\n")
+    os.chmod(path, 0)
+    before = os.geteuid()
+    os.seteuid(agent.NOBODY_ID if before == 0 else before)
+    try:
+        assert problems_of({}, path) == [f"{path}: cannot be read: Permission denied; use sudo"]
+    finally:
+        os.seteuid(before)
+
+
 def test_order_environment_then_file_then_default(tmp_path: Path) -> None:
     path = write(tmp_path, "DASHBOARD_URL=https://file.example\nAPI_KEY=f\nNODE_ID=file\n")
     config = agent.load_config({"NODE_ID": "process", "API_KEY": ""}, path)
@@ -306,6 +317,7 @@ def test_wrong_settings_end_with_78_and_a_line_each(tmp_path: Path) -> None:
     for part in ("line 1: is not", "line 2: there is no setting BUFER_SIZE; did you mean BUFFER_",
                  "CHECK_PORTS: ", "HEARTBEAT_INTERVAL: ", "DASHBOARD_URL: http://"):
         assert len([line for line in lines if part in line]) == 1, (part, lines)
+    assert all(" ERROR " in line for line in lines)
 
 
 def test_wrong_usage_ends_with_2(tmp_path: Path) -> None:

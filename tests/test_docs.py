@@ -296,6 +296,19 @@ def test_house_rules() -> None:
     assert logging.getLogger("tinomail_agent") is agent.log
 
 
-def test_time_limits_of_what_may_hang() -> None:
-    limits = f"{agent.HANG_LIMIT_S:g} s ({agent.FILES_LIMIT_S:g} s for files below /proc"
-    assert limits in DOCUMENTS["docs/design.md"]
+def test_limits_that_the_documents_give() -> None:
+    pauses = [f"{pause:g}" for pause in agent.BACKOFF_S]
+    for words in (
+        f"{agent.HANG_LIMIT_S:g} s ({agent.FILES_LIMIT_S:g} s for files below /proc)",
+        f"While {agent.Worker.MOST_ABANDONED} calls of a kind hang",
+        f"given up after {agent.ZONEMTA_ANSWER_S:g} s, and the post of its figures after "
+        f"{agent.ZONEMTA_POST_S:g} s",
+        f"{agent.HANG_AFTER_S:g} s without a watchdog",
+        f"after {', '.join(pauses[:-1])} and {pauses[-1]} s",
+        f"up to {agent.DRAIN_PER_SUCCESS} of the oldest",
+        f"up to {agent.RETRY_AFTER_LIMIT_S:g} s",
+        f"{agent.REQUEST_DEADLINE_S:g} s, and {agent.SLOW_DEADLINE_S:g} s after one that ran out",
+        f"At most {agent.ANSWER_LIMIT_BYTES // 1024} KiB of an answer's body",
+        f"for up to {agent.STOP_LIMIT_S:g} s",
+    ):
+        assert words in " ".join(DOCUMENTS["docs/design.md"].split()), words

@@ -448,12 +448,14 @@ finish() {
     printf 'install.sh: FAILED: %s\n' "${cause//\?./?}${outcome:+ $outcome}" >&2
 }
 
-last_lines() { journalctl --sync; journalctl -q --no-pager -ocat -n "$1" -u $UNIT | sed 's/^/  /'; }
+# The journal may be down, or stuck.
+journal() { timeout 10 journalctl "$@" || :; }
+last_lines() { journal --sync; journal -q --no-pager -ocat -n "$1" -u $UNIT | sed 's/^/  /'; }
 
 failed() {
     local words=${2:-}
     { say "the last lines of its log:"; last_lines 12; } >&2
-    [ -n "$words" ] || words=$(journalctl -q --no-pager -o cat -p err -n 1 \
+    [ -n "$words" ] || words=$(journal -q --no-pager -o cat -p err -n 1 \
         "_SYSTEMD_INVOCATION_ID=$(show InvocationID)")
     die "the agent $1: ${words:-$(show SubState), $(show Result), status $(show ExecMainStatus)}"
 }

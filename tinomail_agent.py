@@ -97,7 +97,6 @@ from typing import Any, NamedTuple, TypeVar
 from urllib.parse import urlsplit
 
 import dotenv.parser
-import psutil
 import requests
 import requests.adapters
 import requests.certs
@@ -211,6 +210,7 @@ class Agent:
             if self._sender.due == math.inf and time.monotonic() > look_up_deadline:
                 break  # the sender looks a name up
             sender.join(0.05)
+        self._buffer.save()  # a sample may have been delivered while it was written
 
     # - the collector thread
 
@@ -317,12 +317,6 @@ class Agent:
 
 # --- collecting --------------------------------------------------------------------------
 
-# Reader -> its file. In a container lxcfs, a FUSE file system, may provide it: it may hang.
-LXCFS_FILES = {
-    "cpu": "/proc/stat", "memory": "/proc/meminfo", "disk_io": "/proc/diskstats",
-    "load": "/proc/loadavg", "uptime": "/proc/uptime",
-}
-
 
 class Collector:
     """Takes the samples; used by one thread only."""
@@ -379,10 +373,9 @@ class Collector:
 
     def prime(self) -> None:
         """Take a first reading of every counter, so that the next one has rates."""
-        self._read_files("cpu", "disk_io")
-        for reader in (self._processes.read, self.readers["network"], self.readers["pressure"]):
-            with contextlib.suppress(*READ_ERRORS):  # the first sample will log it
-                reader()
+        self._read_files("cpu", "disk_io", "pressure", "network")
+        with contextlib.suppress(*READ_ERRORS):  # the first sample will log it
+            self._processes.read()
 
     def collect(self) -> Sample:
         """Take one sample; what cannot be read is left out, logged once and counted."""
@@ -770,6 +763,7 @@ class Sender:
         """Post the first sample of the plan, and plan what its outcome asks for."""
         is_heartbeat = sample.seq == self._heartbeat_seq
         neutral = unpack(sample.packed)
+        self._buffer.begin_post(sample)
         post = self._deliver if is_heartbeat else self._post
         verdict = post(sample, neutral)
         if verdict.outcome is Outcome.DELIVERED:
@@ -889,7 +883,6 @@ class Sender:
     def _post(self, sample: Sample, neutral: Neutral) -> Verdict:
         """Post a sample. What the dashboard refuses is posted once more at once."""
         request = self._dialect.sample(neutral, self._node_id, self._config.api_key)
-        self._buffer.begin_post(sample)
         for _ in range(2):
             verdict, answer = self._exchange(request, judge)
             if verdict.outcome is not Outcome.REFUSED:
@@ -1577,6 +1570,8 @@ DIALECTS = {"v1": V1, "tinomail-monitor": MONITOR}
 
 # --- the way to the dashboard ------------------------------------------------------------
 
+# What connect() says where an address family is off or has no route: the node's own condition.
+NO_WAY = (errno.EHOSTUNREACH, errno.ENETUNREACH, errno.EAFNOSUPPORT)
 CONNECTION_LIMIT_S = 3600.0  # then a kept connection is closed: the dashboard may have moved
 ANSWER_LIMIT_BYTES = 64 * 1024  # of its headers, of its body, of its body decompressed
 
@@ -1612,7 +1607,7 @@ class Transport:
         self._limit_s = REQUEST_DEADLINE_S  # of an attempt
         self._addresses: list[tuple[int, Any]] = []  # (family, socket address)
         self._address: Any = None  # of the connection
-        self._ranks: dict[Any, int] = {}  # by address: -1 if it is good, 1 if it failed since then
+        self._ranks: dict[Any, float] = {}  # by address: -1 if it is good, else when it failed
         self.local_ip: str | None = None  # this machine's address, of the last connection
         self.deadline = 0.0  # monotonic: when the attempt ends; infinite during a name look-up
 
@@ -1638,8 +1633,11 @@ class Transport:
         self._ranks = {self._address: -1}
 
     def disconnect(self) -> None:
-        """Close the connection after a failure: the next attempt looks the name up again."""
-        self._ranks[self._address] = 1
+        """Close the connection after a failure: the next attempt looks the name up again.
+
+        It tries the addresses that failed since the last success later, the last one last.
+        """
+        self._ranks[self._address] = time.monotonic()
         self._close()
 
     def route_ip(self) -> str:
@@ -1665,15 +1663,18 @@ class Transport:
         """
         error: OSError = OSError(errno.EHOSTUNREACH, "")
         for index, (family, address) in enumerate(self._addresses):
-            sock = socket.socket(family, socket.SOCK_STREAM)
+            sock = None
             try:
+                sock = socket.socket(family, socket.SOCK_STREAM)
                 sock.settimeout(self.left_s() / (len(self._addresses) - index))
                 sock.connect(address)
                 sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
                 sock.settimeout(self.left_s())  # for TLS's handshake
             except OSError as failure:
-                sock.close()
-                error = failure
+                if sock:
+                    sock.close()
+                if failure.errno not in NO_WAY or error.errno in NO_WAY:
+                    error = failure
                 continue
             self._connection, self._address, self._opened = connection, address, time.monotonic()
             self.local_ip = str(sock.getsockname()[0])
@@ -1686,7 +1687,7 @@ class Transport:
         raw = None
         try:
             if not is_kept:
-                self._address, self._addresses = None, self._look_up()
+                self._address, self._addresses = None, self._look_up()  # in their order
             self.deadline = time.monotonic() + min(self._limit_s, within_s)
             raw = self._send(request)
             with contextlib.closing(raw):
@@ -1722,16 +1723,22 @@ class Transport:
             self._adapter.poolmanager.clear()
 
     def _look_up(self) -> list[tuple[int, Any]]:
-        """Return the addresses of the dashboard, in the order in which they are to be tried."""
+        """Return the addresses of the dashboard, in the order in which they are to be tried.
+
+        While no name server answers, those of the last look-up are.
+        """
         parts = urlsplit(self._base_url)
         port = parts.port or (443 if parts.scheme == "https" else 80)
         self.deadline = math.inf  # getaddrinfo() has no time limit
         try:
             found = socket.getaddrinfo(parts.hostname, port, type=socket.SOCK_STREAM)
+            self._addresses = [(family, address) for family, _, _, _, address in found]
+        except socket.gaierror as error:
+            if error.errno != socket.EAI_AGAIN or not self._addresses:
+                raise
         finally:
             self.deadline = time.monotonic()
-        addresses = [(family, address) for family, _, _, _, address in found]
-        return sorted(addresses, key=lambda found: self._ranks.get(found[1], 0))
+        return sorted(self._addresses, key=lambda found: self._ranks.get(found[1], 0))
 
 
 class _Adapter(requests.adapters.HTTPAdapter):
@@ -1946,9 +1953,9 @@ class State:
             if sample := read_sample(seq, packed):
                 samples.append(sample)
             else:
-                damaged += 1
                 with contextlib.suppress(OSError):
                     self.remove(seq)
+                    damaged += 1
         return SavedSamples(samples, damaged, unread)
 
     def write(self, sample: Sample) -> None:
@@ -2017,11 +2024,17 @@ def iso_utc(epoch_s: float) -> str:
 
 # --- reading /proc and sysfs -------------------------------------------------------------
 
-# What a reader of /proc, sysfs or psutil raises when a metric cannot be read.
+# What a reader of /proc or sysfs raises when a metric cannot be read.
 READ_ERRORS = (
     OSError, ValueError, LookupError, RuntimeError, TypeError, AttributeError, struct.error,
-    psutil.Error, http.client.HTTPException,
+    http.client.HTTPException,
 )
+# Reader -> its file. In a container lxcfs, a FUSE file system, may provide it, and it may hang.
+LXCFS_FILES = {
+    "cpu": "/proc/stat", "memory": "/proc/meminfo", "disk_io": "/proc/diskstats",
+    "load": "/proc/loadavg", "uptime": "/proc/uptime", "pressure": "/proc/pressure",
+    "network": "/proc/net/dev",
+}
 CLOCK_TICKS = os.sysconf("SC_CLK_TCK")
 PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 
@@ -2328,7 +2341,10 @@ class DiskReader:
     worker: Worker
 
     def read(self) -> dict[str, Any]:
-        table = MountTable(parse_mountinfo(read_bytes(f"{self.proc}/self/mountinfo")))
+        # ZFS gives no name of a mount while it receives or rolls back.
+        data = self.worker.call(
+            "the list of mounts", functools.partial(read_bytes, f"{self.proc}/self/mountinfo"))
+        table = MountTable(parse_mountinfo(data))
         calls: dict[str, Callable[[], dict[str, Any] | None]]
         if self.paths is None:
             calls = {f"disk {_printable(mounts[0].path)}": functools.partial(read_disk, mounts)
@@ -2443,6 +2459,8 @@ class NetworkReader:
         self._missing = missing
 
     def read(self) -> dict[str, Any]:
+        import psutil  # here, since it reads /proc/stat at once, which may hang
+
         counters = psutil.net_io_counters(pernic=True, nowrap=False)
         names = choose_interfaces(self._base, counters) if self._names is None else self._names
         for name in names:
@@ -2836,8 +2854,7 @@ SERVICE_SCRIPTS = (
     (re.compile(r"(.*/)?wildduck(/(server|worker)(\.js)?)?"), Identity("wildduck")),
     (re.compile(r"(.*/)?zone-?mta(/(app|index)(\.js)?)?"), Identity("zonemta")),
     (re.compile(r"(.*/)?zone-?mta/services/(receiver|sender)\.js"), Identity("zonemta", "child")),
-    (re.compile(r"(.*/)?(\.?bin/haraka|Haraka(/haraka(\.js)?)?|haraka/haraka(\.js)?)"),
-     Identity("haraka")),
+    (re.compile(r"(.*/)?(\.?bin/haraka|haraka\.js|[Hh]araka/haraka|Haraka)"), Identity("haraka")),
 )
 # Else the systemd unit tells, if the title may be one that the administrator chose (it is padded
 # with NULs or ends with a colon), or if the name of the script is a common one.
@@ -3166,6 +3183,19 @@ def ports_of(role: str, services: Iterable[str]) -> tuple[int, ...]:
     return tuple(dict.fromkeys(ports)) or MAIL_PORTS
 
 
+def read_services(folder: str) -> dict[str, float]:
+    """Return what ServicesSeen wrote to STATE_DIRECTORY. Raises OSError."""
+    try:
+        text = read_bytes(f"{folder}/services", 4096)
+    except FileNotFoundError:  # version 1.0.0 saved the role alone
+        role = read_feature(f"{folder}/role").decode("utf-8", "replace").strip()
+        return {service: 0.0 for service in SERVICES if role_of(service) == role}
+    with contextlib.suppress(ValueError, TypeError, AttributeError, RecursionError):
+        saved = json.loads(text)
+        return {s: float(saved[s]) for s in SERVICES if 0 <= saved.get(s, -1) < math.inf}
+    return {}  # it is damaged: the services will be seen again
+
+
 class ServicesSeen:
     """The services that count as seen on this node.
 
@@ -3181,15 +3211,15 @@ class ServicesSeen:
 
     def __init__(
         self, folder: str = "", *, clock: Callable[[], float] = time.monotonic,
-        at_once: bool = False,
+        at_once: bool = False, known: Iterable[str] = (),
     ) -> None:
-        """folder: STATE_DIRECTORY, "" for none; at_once: one sample is enough."""
+        """folder: STATE_DIRECTORY, "" for none; at_once: one sample is enough; known: services."""
         self._folder = folder
         self._clock = clock
         self._samples_needed = 1 if at_once else 3
         self._started = self._updated = self._saved_at = clock()
         self._running: dict[str, tuple[float, int]] = {}  # since when, and in how many samples
-        self._absent: dict[str, float] = {}  # those that count as seen -> seconds of absence
+        self._absent = dict.fromkeys(known, 0.0)  # those that count as seen -> seconds of absence
         self._saved: set[str] | None = None  # those that were written; None: not loaded yet
         self._problems = Problems()
         self._worker = Worker(HANG_LIMIT_S, self._problems)
@@ -3226,21 +3256,11 @@ class ServicesSeen:
             self._save(now)
 
     def _load(self) -> None:
-        saved = self._try("reading the list of services", self._read)
+        read = functools.partial(read_services, self._folder)
+        saved = self._try("reading the list of services", read)
         if saved is not None:
             self._saved = set()  # it is written once in each run
             self._absent = {**saved, **self._absent}
-
-    def _read(self) -> dict[str, float]:
-        try:
-            text = read_bytes(f"{self._folder}/services", 4096)
-        except FileNotFoundError:  # version 1.0.0 saved the role alone
-            role = read_feature(f"{self._folder}/role").decode("utf-8", "replace").strip()
-            return {service: 0.0 for service in SERVICES if role_of(service) == role}
-        with contextlib.suppress(ValueError, TypeError, AttributeError, RecursionError):
-            saved = json.loads(text)
-            return {s: float(saved[s]) for s in SERVICES if 0 <= saved.get(s, -1) < math.inf}
-        return {}  # it is damaged: the services will be seen again
 
     def _save(self, now: float) -> None:
         is_late = any(self._absent.values()) and now - self._saved_at >= self.SAVE_EVERY_S
@@ -3554,6 +3574,7 @@ DEAD_AFTER_MS = 45_000  # the dashboard's three heartbeats of 15 s
 SHOWN_CHARS = 60  # of a wrong value
 NO_HOST_NAME = "the host name is not set yet; set the host name or NODE_ID"
 SERVICE_ENV_FILE = "/etc/tinomail-agent/agent.env"  # LoadCredential= of the unit
+SERVICE_STATE = "/var/lib/private/tinomail-agent"  # StateDirectory= of the unit
 
 
 def credential_file(environ: Mapping[str, str]) -> str:
@@ -3613,7 +3634,10 @@ def read_env_file(path: str, shown: str) -> tuple[dict[str, str], list[str], lis
             data = stream.read(MIB)
             mode = os.fstat(stream.fileno()).st_mode
     except OSError as error:
-        way_out = "; use sudo" if isinstance(error, PermissionError) and os.geteuid() else ""
+        way_out = ""
+        if isinstance(error, PermissionError) and os.geteuid():
+            is_service = "NOTIFY_SOCKET" in os.environ
+            way_out = "; systemd gave no copy of it" if is_service else "; use sudo"
         return {}, [f"{shown}: cannot be read: {os.strerror(error.errno or 0)}{way_out}"], []
     values, problems = parse_env(data)
     warnings = []
@@ -3804,9 +3828,12 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def take_sample(config: Config) -> tuple[Sample, str]:
-    """Take one sample with real rates, in the role of what runs now; say what it cost."""
-    collector = Collector(config, seen=ServicesSeen(at_once=True))
+def take_sample(config: Config, known: Iterable[str]) -> tuple[Sample, str]:
+    """Take one sample with real rates, and say what it cost.
+
+    Its role is that of the known services, and of what runs now.
+    """
+    collector = Collector(config, seen=ServicesSeen(at_once=True, known=known))
     collector.prime()
     time.sleep(PRIME_S)
     wall, cpu = time.monotonic(), time.process_time()
@@ -3816,14 +3843,14 @@ def take_sample(config: Config) -> tuple[Sample, str]:
                     f"{own_rss_bytes() / MIB:.1f} MiB of memory")
 
 
-def run_once(config: Config) -> int:
-    sample, _ = take_sample(config)
+def run_once(config: Config, known: Iterable[str]) -> int:
+    sample, _ = take_sample(config, known)
     body = DIALECTS[config.dashboard_api].body(unpack(sample.packed), config.node_id)
     print(json.dumps(body, indent=2))
     return 0
 
 
-def run_check(config: Config) -> int:
+def run_check(config: Config, known: Iterable[str]) -> int:
     """Show the settings and a sample, and check whether the dashboard takes it."""
     print(f"TinoMail agent {VERSION}\n")
     print(f"settings (from the environment, then {config.env_file or 'no file'})")
@@ -3832,7 +3859,7 @@ def run_check(config: Config) -> int:
     for warning in config.warnings:
         print(f"  warning: {warning}")
     transport = Transport(config.dashboard_url, config.ca_bundle)  # its CAs are part of the cost
-    sample, cost = take_sample(config)
+    sample, cost = take_sample(config, known)
     print("\nsample")
     for line in describe_sample(unpack(sample.packed)):
         print(f"  {line}")
@@ -3933,7 +3960,7 @@ def main(argv: list[str] | None = None, *, installed: bool = False) -> int:
     """Run the command line; `installed`: as the command that install.sh puts in place.
 
     Its --check and --once use what the service uses: the installed settings, the unit's
-    Environment=, and files with the rights of an unprivileged user.
+    Environment=, the services that it has seen, and files with the rights of an unprivileged user.
     """
     parser = build_parser()
     options = parser.parse_args(argv)
@@ -3960,9 +3987,13 @@ def main(argv: list[str] | None = None, *, installed: bool = False) -> int:
         code = EX_CONFIG
     else:
         set_up_logging(config.log_level, config.api_key, os.environ)
+        known: list[str] = []
         if installed and by_hand:
+            with contextlib.suppress(OSError):
+                known = [*read_services(SERVICE_STATE)]
             become_nobody()
-        code = run(config, run_once if options.once else run_check if options.check else run_agent)
+        job = functools.partial(run_once if options.once else run_check, known=known)
+        code = run(config, job if by_hand else run_agent)
     return code if flush_streams() else code or 1
 
 

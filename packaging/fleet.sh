@@ -47,12 +47,13 @@ install_on() {
     read -ra args <<<"$INSTALL_ARGS"
     for word in "${@:2}"; do args+=(--set "$word"); done
     [ -z "$KEY_FILE" ] || args+=(--key-file -)
-    folder=$(on_node ssh -n "$host" mktemp -d) || return
+    # A login shell may say something before it.
+    folder=$(on_node ssh -n "$host" mktemp -d | tail -n 1) && [[ $folder == /* ]] || return
     [ -z "$CA_FILE" ] || args+=(--ca-file "$folder/ca.pem")
     if ! { on_node scp -q "$BUNDLE" "$host:$folder/bundle.tar.gz" &&
         { [ -z "$CA_FILE" ] || on_node scp -q "$CA_FILE" "$host:$folder/ca.pem"; }; }
     then
-        on_node ssh -n "$host" "rm -rf $folder"
+        on_node ssh -n "$host" "rm -rf $(printf %q "$folder")"
         return 1
     fi
     # shellcheck disable=SC2029  # expanded here, quoted for the node
@@ -82,7 +83,7 @@ one() {
         if line=$(ask "$2"); then verdict=ok; fi
     else
         if install_on "${@:2}" >"$log" 2>&1; then verdict=ok; fi
-        line=$(grep -v '^ *$' "$log" | tail -1)
+        line=$(grep -v '^ *$' "$log" | tail -1) || :
         case $verdict$line in "okWARNING: "*) verdict=WARN ;; esac
         line=${line#WARNING: } line=${line#install.sh: FAILED: } line=${line#done: }
     fi

@@ -57,6 +57,8 @@ def test_the_command_line_of_what_may_be_a_service_is_read(row: dict[str, Any]) 
         ("node-MainThread", b"node\0--max-old-space-size=64\0/opt/zone-mta/app.js\0", "zonemta"),
         ("node", b"node\0./node_modules/.bin/haraka\0-c\0.\0", "haraka"),
         ("node", b"node\0/opt/haraka/node_modules/Haraka/haraka.js\0-c\0.\0", "haraka"),
+        ("node", b"node\0haraka.js\0", "haraka"),  # as WildDuck's container images start it
+        ("node", b"/usr/local/bin/node\0/app/haraka.js\0", "haraka"),
         ("node /opt/wildd", b"node /opt/wildduck/server.js\0\0\0", "wildduck"),  # PM2
     ],
 )
@@ -94,6 +96,7 @@ def test_services(comm: str, cmdline: bytes, service: str) -> None:
         ("wildduck-www", b"wildduck-www\0\0"),
         ("node", b"node\0/opt/wildduck-webmail/server.js\0"),
         ("node", b"node\0/opt/haraka/bin/haraka\0--qlist\0"),
+        ("node", b"node\0haraka.js\0--qlist\0"),
         ("node", b"node\0install-haraka-plugin.js\0"),
         ("node", b"node\0-e\0require('/opt/wildduck/server.js')\0"),
         ("npm install har", b"npm install haraka-plugin-rspamd\0"),

@@ -620,6 +620,15 @@ def test_installing_twice_changes_nothing(node: Box) -> None:
     assert node.pid() == pid
 
 
+def test_a_journal_that_hangs_does_not_matter(node: Box) -> None:
+    node.write("/usr/local/sbin/journalctl", "#!/bin/sh\nexec sleep 300\n", "755")
+    try:
+        output = node.install()
+    finally:
+        node.sh("rm /usr/local/sbin/journalctl")
+    assert output.splitlines()[-1].startswith("done: the agent is active")
+
+
 def test_an_upgrade_that_cannot_start_is_rolled_back(node: Box) -> None:
     node.sh("rm -rf /root/broken; cp -R /root/bundle /root/broken")
     look = f"find {DEST} {ENV_FILE} /etc/systemd/system/{UNIT} -type f | sort | xargs sha256sum"
@@ -729,7 +738,11 @@ def test_check_of_the_installed_command_sees_what_the_service_sees(node: Box) ->
     try:
         node.sh("systemctl daemon-reload")
         look = "cd /root/here; NODE_ID=nor-this tinomail-agent --check"
-        assert "registered as from-the-unit" in node.sh(look)
+        node.sh("cp /var/lib/private/tinomail-agent/services /root;"
+                ' echo \'{"zonemta": 60}\' > /var/lib/private/tinomail-agent/services')
+        said = node.sh(look)  # ZoneMTA is down, but the service has seen it
+        node.sh("cp /root/services /var/lib/private/tinomail-agent")
+        assert "registered as from-the-unit (role zonemta-outbound" in said
         node.write("/root/ca.pem", "", "600")
         node.write(DROP_IN, "[Service]\nEnvironment=CA_BUNDLE=/root/ca.pem"
                             " DASHBOARD_URL=https://127.0.0.1:8080\n")
@@ -1102,6 +1115,42 @@ def test_a_hosts_file_that_is_wrong(hosts: str, says: str, bundle: Path, tmp_pat
         env={**os.environ, "LOGS": str(tmp_path)}, capture_output=True, text=True,
     )
     assert (done.returncode, says in done.stderr, "k3y" in done.stderr) == (2, True, False)
+
+
+SSH = """#!/bin/sh
+while [ "$1" != node ]; do shift; done
+shift
+echo "*** node ***"
+cd "$HOME" && exec sh -c "$*"
+"""
+
+
+@pytest.mark.parametrize(
+    ("ssh", "says"),
+    [(SSH, "No space left"), ("#!/bin/sh\nexit 124\n", "it printed nothing")],
+    ids=["a shell that says something first", "nothing at all"],
+)
+def test_a_node_that_is_odd(ssh: str, says: str, bundle: Path, tmp_path: Path) -> None:
+    """Its home folder stays as it is, and it has its line."""
+    home, stubs = tmp_path / "home", tmp_path / "bin"
+    for folder in (home, stubs):
+        folder.mkdir()
+    (home / "mail").touch()
+    for name, text in (("ssh", ssh), ("scp", "#!/bin/sh\necho No space left\nexit 1\n")):
+        (stubs / name).write_text(text)
+        (stubs / name).chmod(0o755)
+    done = subprocess.run(
+        [str(ROOT / "packaging/fleet.sh"), "deploy", str(bundle), "node"],
+        env={**os.environ, "PATH": f"{stubs}:{os.environ['PATH']}", "HOME": str(home),
+             "TMPDIR": str(tmp_path), "LOGS": str(tmp_path / "logs")},
+        capture_output=True, text=True,
+    )
+    assert done.stdout.splitlines() == [
+        f"node: FAILED: {says}", "1 nodes: 0 ok, 0 WARN, 1 FAILED, 0 not tried"
+    ]
+    assert done.returncode == 1
+    assert [file.name for file in home.iterdir()] == ["mail"]
+    assert list(tmp_path.glob("tmp.*")) == []
 
 
 def test_a_damaged_bundle_goes_nowhere(bundle: Path, tmp_path: Path) -> None:

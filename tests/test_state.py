@@ -18,6 +18,7 @@ import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 from conftest import ROOT, eventually, make_config
@@ -328,6 +329,17 @@ def test_what_is_no_sample_is_deleted(
     buffer = loaded(Buffer(10, State(str(folder))))
     assert seqs(buffer) == on_disk(folder) == [1, 3]
     assert "deleted 1 damaged sample files (a power cut?)" in said(caplog)
+
+
+def test_what_cannot_be_deleted_is_not_said_to_be(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a disk that has become read-only."""
+    state = State(str(folder))
+    state.write(sample(1))
+    (folder / "buffer/000000000002.sample").write_bytes(b"damaged")
+    monkeypatch.setattr(State, "remove", Mock(side_effect=OSError(errno.EROFS, "")))
+    assert (len(state.load().samples), state.load().damaged) == (1, 0)
 
 
 def test_foreign_files_are_left_alone(folder: Path, caplog: pytest.LogCaptureFixture) -> None:

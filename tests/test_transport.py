@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gzip
 import json
 import math
@@ -20,6 +21,7 @@ from datetime import datetime, timedelta, timezone
 from email.utils import format_datetime
 from pathlib import Path
 from typing import Any, BinaryIO
+from unittest.mock import Mock
 
 import pytest
 import trustme
@@ -328,9 +330,73 @@ def test_every_address_is_tried_before_one_that_failed(
         servers = one, other, dashboard
         names(monkeypatch, *(server.server_address for server in servers))
         transport = agent.Transport(dashboard.url)
-        for status in (503, 503, 201):
+        for status in (503, 503, 201) * 2:  # the one that failed longest ago comes first
             assert transport.post(REQUESTS[dashboard.api], LIMIT_S).status == status
             transport.disconnect()
+
+
+def test_a_bad_address_does_not_keep_the_good_one_from_its_turn(
+    dashboard: Dashboard, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Dashboard(KEY, api=dashboard.api) as bad:
+        bad.fault = "503"
+        names(monkeypatch, bad.server_address, dashboard.server_address)
+        transport = agent.Transport(dashboard.url)
+        for fault, status in (("off", 503), ("off", 201), ("500", 500), ("off", 503), ("off", 201)):
+            dashboard.fault = fault
+            assert transport.post(REQUESTS[dashboard.api], LIMIT_S).status == status
+            if status == 201:
+                transport.keep()
+            else:
+                transport.disconnect()
+
+
+@pytest.fixture
+def without_ipv6(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As with ipv6.disable=1: no socket of that family; a name may have such an address."""
+    real = socket.socket
+
+    def open_socket(family: int = -1, *args: Any, **named: Any) -> socket.socket:
+        if family == socket.AF_INET6:
+            raise OSError(errno.EAFNOSUPPORT, "Address family not supported by protocol")
+        return real(family, *args, **named)
+
+    monkeypatch.setattr(socket, "socket", open_socket)
+
+
+@pytest.mark.usefixtures("without_ipv6")
+@pytest.mark.parametrize("is_first", [True, False])
+def test_an_address_of_a_family_that_is_off(
+    is_first: bool, dashboard: Dashboard, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    port = dashboard.server_address[1]
+    found = [(socket.AF_INET6, 1, 6, "", ("::1", port, 0, 0)),
+             (socket.AF_INET, 1, 6, "", ("127.0.0.1", port))]
+    monkeypatch.setattr(
+        socket, "getaddrinfo", lambda *_, **__: found if is_first else found[::-1]
+    )
+    transport = agent.Transport(dashboard.url)
+    assert transport.post(REQUESTS[dashboard.api], LIMIT_S).status == 201
+    dashboard.fault = "refuse"
+    transport.disconnect()
+    assert transport.post(REQUESTS[dashboard.api], LIMIT_S).reason == "connection refused"
+    dashboard.fault = "off"
+    transport.disconnect()
+    assert transport.post(REQUESTS[dashboard.api], LIMIT_S).status == 201
+
+
+def test_no_name_server_answers_any_more(
+    dashboard: Dashboard, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The address that worked still does; a name that is gone is another matter."""
+    names(monkeypatch, dashboard.server_address)
+    transport = agent.Transport(dashboard.url)
+    for code, status in ((0, 201), (socket.EAI_AGAIN, 201), (socket.EAI_NONAME, 0)):
+        if code:
+            error = socket.gaierror(code, "")
+            monkeypatch.setattr(socket, "getaddrinfo", Mock(side_effect=error))
+        assert transport.post(REQUESTS[dashboard.api], LIMIT_S).status == status
+        transport.disconnect()
 
 
 def test_a_connection_is_closed_after_an_hour(

@@ -91,7 +91,7 @@ def test_it_does_not_grow(tmp_path: Path) -> None:
         try:
             seen: list[dict[str, int]] = []
             for wanted in [1000, *range(2000, SAMPLES + 1, 1000)]:
-                eventually(lambda wanted=wanted: server.delivered >= wanted, 120, step_s=0.1)  # type: ignore[misc]
+                eventually(lambda wanted=wanted: server.delivered >= wanted, 900, step_s=0.1)  # type: ignore[misc]
                 seen.append(facts(pid))
             assert process.stop() == 0, process.output
         finally:

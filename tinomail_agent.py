@@ -97,6 +97,7 @@ from typing import Any, NamedTuple, TypeVar
 from urllib.parse import urlsplit
 
 import dotenv.parser
+import psutil
 import requests
 import requests.adapters
 import requests.certs
@@ -373,9 +374,10 @@ class Collector:
 
     def prime(self) -> None:
         """Take a first reading of every counter, so that the next one has rates."""
-        self._read_files("cpu", "disk_io", "pressure", "network")
-        with contextlib.suppress(*READ_ERRORS):  # the first sample will log it
-            self._processes.read()
+        self._read_files("cpu", "disk_io", "pressure")
+        for reader in (self._processes.read, self.readers["network"]):
+            with contextlib.suppress(*READ_ERRORS):  # the first sample will log it
+                reader()
 
     def collect(self) -> Sample:
         """Take one sample; what cannot be read is left out, logged once and counted."""
@@ -412,8 +414,7 @@ class Collector:
         """Call these readers in the worker; return name -> what returns or raises its result."""
         paths = {name: LXCFS_FILES[name] for name in names if name in self.readers}
         answers = self._files.run({path: self.readers[name] for name, path in paths.items()})
-        return {name: functools.partial(Worker.result, answers, path)
-                for name, path in paths.items()}
+        return {n: functools.partial(Worker.result, answers, path) for n, path in paths.items()}
 
     def _try(self, name: str, reader: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """Run a reader; drop and count what is None, not finite, or could not be read."""
@@ -2024,16 +2025,15 @@ def iso_utc(epoch_s: float) -> str:
 
 # --- reading /proc and sysfs -------------------------------------------------------------
 
-# What a reader of /proc or sysfs raises when a metric cannot be read.
+# What a reader of /proc, sysfs or psutil raises when a metric cannot be read.
 READ_ERRORS = (
     OSError, ValueError, LookupError, RuntimeError, TypeError, AttributeError, struct.error,
-    http.client.HTTPException,
+    psutil.Error, http.client.HTTPException,
 )
 # Reader -> its file. In a container lxcfs, a FUSE file system, may provide it, and it may hang.
 LXCFS_FILES = {
     "cpu": "/proc/stat", "memory": "/proc/meminfo", "disk_io": "/proc/diskstats",
     "load": "/proc/loadavg", "uptime": "/proc/uptime", "pressure": "/proc/pressure",
-    "network": "/proc/net/dev",
 }
 CLOCK_TICKS = os.sysconf("SC_CLK_TCK")
 PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
@@ -2459,8 +2459,6 @@ class NetworkReader:
         self._missing = missing
 
     def read(self) -> dict[str, Any]:
-        import psutil  # here, since it reads /proc/stat at once, which may hang
-
         counters = psutil.net_io_counters(pernic=True, nowrap=False)
         names = choose_interfaces(self._base, counters) if self._names is None else self._names
         for name in names:

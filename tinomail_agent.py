@@ -1720,6 +1720,9 @@ class Transport:
         return self._adapter.send(prepared, stream=True, timeout=SLOW_DEADLINE_S)
 
     def _close(self) -> None:
+        if self._connection:
+            self._connection.close()  # clear() does so only when nothing refers to the pool
+            self._connection = None
         if self._adapter:
             self._adapter.poolmanager.clear()
 

@@ -138,6 +138,7 @@ def attacked(folder: Path, attacks: dict[str, Attack], **options: Any) -> Run:
         eventually(lambda: not server.left or agent.process.poll() is not None, LIMIT_S, "attacked")
         count = len(server.stored())
         eventually(lambda: len(server.stored()) > count + 20, LIMIT_S, "goes on")
+        eventually(lambda: server.posts[-1].body["agent"]["buffered"] <= 1, LIMIT_S, "drained")
         status = Path(f"/proc/{agent.process.pid}/status").read_text()
         peak = re.search(r"VmHWM:\s+(\d+)", status)
         assert peak
@@ -148,7 +149,7 @@ def attacked(folder: Path, attacks: dict[str, Attack], **options: Any) -> Run:
 # How it runs -> (options of its start, the attacks, the most MiB that it may take at any time).
 # With its real times the slow attacks would take minutes; they are the same for it.
 WAYS: dict[str, tuple[dict[str, Any], dict[str, Attack], float]] = {
-    "as installed": ({"heartbeat_ms": 100}, {**ATTACKS, **SLOW}, 36),
+    "as installed": ({"heartbeat_ms": 100, "deadlines": (1.0, 2.0)}, {**ATTACKS, **SLOW}, 36),
     "as a script": ({}, ATTACKS, 44),
 }
 

@@ -53,7 +53,7 @@ install_on() {
     if ! { on_node scp -q "$BUNDLE" "$host:$folder/bundle.tar.gz" &&
         { [ -z "$CA_FILE" ] || on_node scp -q "$CA_FILE" "$host:$folder/ca.pem"; }; }
     then
-        on_node ssh -n "$host" "rm -rf $(printf %q "$folder")"
+        on_node ssh -n "$host" "rm -rf $(printf %q "$folder")" >/dev/null 2>&1
         return 1
     fi
     # shellcheck disable=SC2029  # expanded here, quoted for the node

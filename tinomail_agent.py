@@ -211,7 +211,7 @@ class Agent:
             if self._sender.due == math.inf and time.monotonic() > look_up_deadline:
                 break  # the sender looks a name up
             sender.join(0.05)
-        self._buffer.save()  # a sample may have been delivered while it was written
+        self._buffer.save()  # removes the file of a sample that was delivered while it was written
 
     # - the collector thread
 
@@ -1571,7 +1571,7 @@ DIALECTS = {"v1": V1, "tinomail-monitor": MONITOR}
 
 # --- the way to the dashboard ------------------------------------------------------------
 
-# What connect() says where an address family is off or has no route: the node's own condition.
+# What a socket says where its address family is off or has no route: the node's own condition.
 NO_WAY = (errno.EHOSTUNREACH, errno.ENETUNREACH, errno.EAFNOSUPPORT)
 CONNECTION_LIMIT_S = 3600.0  # then a kept connection is closed: the dashboard may have moved
 ANSWER_LIMIT_BYTES = 64 * 1024  # of its headers, of its body, of its body decompressed
@@ -1636,7 +1636,7 @@ class Transport:
     def disconnect(self) -> None:
         """Close the connection after a failure: the next attempt looks the name up again.
 
-        It tries the addresses that failed since the last success later, the last one last.
+        Of the addresses that failed since the last success, the first one is tried first.
         """
         self._ranks[self._address] = time.monotonic()
         self._close()
@@ -1688,7 +1688,8 @@ class Transport:
         raw = None
         try:
             if not is_kept:
-                self._address, self._addresses = None, self._look_up()  # in their order
+                self._address = None
+                self._look_up()
             self.deadline = time.monotonic() + min(self._limit_s, within_s)
             raw = self._send(request)
             with contextlib.closing(raw):
@@ -1729,7 +1730,7 @@ class Transport:
     def _look_up(self) -> list[tuple[int, Any]]:
         """Return the addresses of the dashboard, in the order in which they are to be tried.
 
-        While no name server answers, those of the last look-up are.
+        While no name server answers, they are those of the last look-up.
         """
         parts = urlsplit(self._base_url)
         port = parts.port or (443 if parts.scheme == "https" else 80)
@@ -1742,7 +1743,8 @@ class Transport:
                 raise
         finally:
             self.deadline = time.monotonic()
-        return sorted(self._addresses, key=lambda found: self._ranks.get(found[1], 0))
+        self._addresses.sort(key=lambda found: self._ranks.get(found[1], 0))
+        return self._addresses
 
 
 class _Adapter(requests.adapters.HTTPAdapter):
@@ -3214,7 +3216,7 @@ class ServicesSeen:
         self, folder: str = "", *, clock: Callable[[], float] = time.monotonic,
         at_once: bool = False, known: Iterable[str] = (),
     ) -> None:
-        """folder: STATE_DIRECTORY, "" for none; at_once: one sample is enough; known: services."""
+        """folder: STATE_DIRECTORY, or ""; at_once: one sample is enough; known: seen before."""
         self._folder = folder
         self._clock = clock
         self._samples_needed = 1 if at_once else 3

@@ -65,6 +65,7 @@ import dataclasses
 import errno
 import faulthandler
 import functools
+import glob
 import gzip
 import http.client
 import io
@@ -77,6 +78,7 @@ import queue
 import random
 import re
 import select
+import selectors
 import signal
 import socket
 import ssl
@@ -85,6 +87,7 @@ import struct
 import sys
 import threading
 import time
+import traceback
 import weakref
 import zlib
 from collections import Counter
@@ -93,6 +96,7 @@ from dataclasses import dataclass, field
 from datetime import timezone
 from email.utils import parsedate_to_datetime
 from enum import Enum
+from functools import partial
 from typing import Any, NamedTuple, TypeVar
 from urllib.parse import urlsplit
 
@@ -154,9 +158,8 @@ class Agent:
         self._collector = Collector(
             config, agent_figures=self._figures, seen=ServicesSeen(folder)
         )
-        self._collector_due = math.inf  # when the collector will have made progress (monotonic)
+        self._collector_due = math.inf  # monotonic; infinite until the first sample
         self._clock_problem = Problems()  # of the collector thread
-        self._had_first_tick = threading.Event()
         self._problems = Problems()  # of the main thread
         self._notifier = Notifier(environ)
         self._is_ready = False
@@ -165,8 +168,8 @@ class Agent:
 
     def run(self) -> int:
         """Run until SIGTERM, SIGINT or SIGHUP; return the exit code."""
-        # The handlers do nothing: the number of each signal arrives at this socket.
-        # Not sigtimedwait(): when a SIGCONT ends it, it reports a signal that nobody sent.
+        # The handlers do nothing: the number of each signal arrives at this socket. Not
+        # sigtimedwait(): when a SIGCONT ends it, it reports a signal that nobody sent.
         self._signals, wakeup = socket.socketpair()
         wakeup.setblocking(False)
         signal.set_wakeup_fd(wakeup.fileno(), warn_on_full_buffer=False)
@@ -246,7 +249,6 @@ class Agent:
         else:
             self._clock_problem.end("clock", "the clock is set: taking samples")
             self._buffer.put(self._collector.collect())
-        self._had_first_tick.set()
         # second_pause_s() is at most one and a half intervals.
         self._collector_due = time.monotonic() + 1.5 * self._config.interval_s
 
@@ -254,9 +256,9 @@ class Agent:
 
     def _supervise(self) -> None:
         """Tell systemd that the agent is ready, and then that both threads make progress."""
+        if self._collector_due == math.inf:
+            return
         if not self._is_ready:
-            if not self._had_first_tick.is_set():
-                return
             self._is_ready = True
             self._notifier.send("READY=1")
         now, status = time.monotonic(), self._sender.status()
@@ -351,21 +353,19 @@ class Collector:
 
         A reader returns fields of `system`, None for one that has no value this time.
         """
-        config, clock, missing = self._config, self._clock, self._missing
-        disks = DiskReader(proc, config.disk_paths, missing, Worker(HANG_LIMIT_S, self._problems))
-        network = NetworkReader(sys_root, config.net_interfaces, clock, missing)
-        cpu, disk_io = CpuReader(proc, clock), DiskIoReader(proc, sys_root, clock)
+        clock, missing, disks = self._clock, self._missing, Worker(HANG_LIMIT_S, self._problems)
+        paths, interfaces = self._config.disk_paths, self._config.net_interfaces
         return {
-            "cpu": cpu.read,
+            "cpu": functools.partial(read_cpu, proc, Meter(clock)),
             "memory": lambda: read_memory(proc),
-            "disks": disks.read,
-            "disk_io": disk_io.read,
-            "network": network.read,
+            "disks": lambda: read_disks(proc, paths, missing, disks),
+            "disk_io": functools.partial(read_disk_io, proc, sys_root, Meter(clock)),
+            "network": functools.partial(read_network, sys_root, interfaces, missing, Meter(clock)),
             "load": lambda: read_load(proc),
             "tcp_connections": lambda: read_tcp(proc),
             "open_files": lambda: read_open_files(proc),
             "uptime": lambda: read_uptime(proc),
-            "pressure": PressureReader(proc, clock).read,
+            "pressure": functools.partial(read_pressure, proc, Meter(clock)),
             "oom_kills": lambda: read_oom_kills(proc),
             "listen_overflows": lambda: read_listen_overflows(proc),
         }
@@ -692,22 +692,23 @@ class Sender:
         self._register_after = -math.inf  # no other registration before
         self.stop_by = math.inf  # no attempt begins that would not end by then
         self._heartbeats = Tries()  # at all heartbeats since the last one that was delivered
-        self._is_down = False  # the last heartbeat failed, and its retries too if there are any
+        self._down_since = math.inf  # when a heartbeat failed with all its retries
         self._tries: dict[int, Tries] = {}  # by seq: at samples that come after all others
         self._deliveries = 0
-        self._last_took_s = 0.0
-        self._last_answer = "nothing sent yet"
-        self._dropped_logged = self._refused_logged = 0  # how many the log has named
+        self._last = Answer(0)
+        self._dropped = 0  # how many samples the full ring had dropped
+        self._refused_logged = 0  # how many refused samples the log has named
         self._refused_logged_at = -math.inf
         self._refusal: Verdict | None = None  # of the sample that was refused last
         self._clock_agrees = 0
         self.clock_offset_s: int | None = None  # this node's clock minus the dashboard's
-        self.crashes, self._is_crashing = 0, False
-        self._due = math.inf  # when the pause after the last step ends, or when a step began
+        self.crashes = 0
+        self._due = math.inf  # when the pause after the last good step ends, or a step began
 
     def run(self) -> None:
         """Deliver until the buffer is closed; then the newest, and those that it lets follow."""
         self._guarded(self._buffer.load)
+        self._dropped = self._buffer.counters().dropped
         while not self._buffer.is_closed:
             self._buffer.wait(self._guarded(self.step))
         if self._buffer.get(self._heartbeat_seq):
@@ -717,17 +718,14 @@ class Sender:
 
     def _guarded(self, work: Callable[[], float | None]) -> float:
         """Do a piece of work; return the pause in seconds. A crash is no progress."""
-        if not self._is_crashing:
-            self._due = self._clock()
+        self._due = min(self._due, self._clock())
         try:
             pause = work() or 0.0
-            self._is_crashing = False
-            self._due = self._clock() + pause
         except Exception:
             self.crashes += 1
-            self._is_crashing = True
             self._problems.crash("the sender failed; trying again")
-            pause = CRASH_PAUSE_S
+            return CRASH_PAUSE_S
+        self._due = self._clock() + pause
         return pause
 
     @property
@@ -756,7 +754,7 @@ class Sender:
 
     def _fits(self) -> bool:
         """Tell whether an attempt as long as the last one would end before the stop."""
-        return self._clock() + 1.2 * self._last_took_s + 0.2 < self.stop_by
+        return self._clock() + 1.2 * self._last.took_s + 0.2 < self.stop_by
 
     # - one attempt, and what follows from it
 
@@ -778,7 +776,6 @@ class Sender:
             return
         tries = self._heartbeats if is_heartbeat else self._tries.setdefault(sample.seq, Tries())
         tries.failures += verdict.outcome is Outcome.RETRY
-        tries.since = min(tries.since, self._clock())
         is_refused = self._count_strike(sample, verdict, tries.failures) >= STRIKES
         self._buffer.settle(sample, refused=is_refused)
         self._buffer.save()
@@ -794,24 +791,19 @@ class Sender:
         old sample comes after all others; the next old one follows at once if the dashboard
         itself refused this one.
         """
-        if verdict.outcome is Outcome.RETRY and not self._is_down:
+        if verdict.outcome is Outcome.RETRY and self._down_since == math.inf:
             pause = backoff_s(tries.failures, self._jitter())
             if pause is not None and self._quiet_until - self._clock() <= sum(BACKOFF_S):
                 self._retry_at = self._clock() + pause
                 return
         self._plan = self._plan[1:] if verdict.outcome is Outcome.REFUSED else []
         if is_heartbeat:
-            self._is_down = True
+            self._down_since = min(self._down_since, self._clock())
             size = self._config.buffer_size
-            self._problems.begin(
-                "delivery", f"cannot deliver samples (keeping up to {size}): {verdict.problem}",
-                verdict.detail,
-            )
+            self._report("delivery", f"cannot deliver samples (keeping up to {size})", verdict)
         else:
             tries.failures = 0
-            self._problems.begin(
-                "drain", f"cannot deliver an old sample: {verdict.problem}", verdict.detail
-            )
+            self._report("drain", "cannot deliver an old sample", verdict)
 
     def _count_strike(self, sample: Sample, verdict: Verdict, failures: int) -> int:
         """Return the strikes of a sample; count one more if the dashboard rejects it alone.
@@ -820,7 +812,7 @@ class Sender:
         of the dashboard itself (a 5xx with JSON); and another sample was delivered since its last
         strike.
         """
-        is_round_over = failures > len(BACKOFF_S) or self._is_down
+        is_round_over = failures > len(BACKOFF_S) or self._down_since < math.inf
         is_rejected = verdict.outcome is Outcome.REFUSED or (verdict.is_own_error and is_round_over)
         tries = self._tries.get(sample.seq, Tries())
         if is_rejected and self._deliveries > tries.deliveries:
@@ -867,9 +859,7 @@ class Sender:
             self._registered = request
         elif self._node_id:  # samples go on under the id that was confirmed before
             self._register_after = self._retry_after_end(verdict, answer)
-            self._problems.begin(
-                "registration", f"cannot register again: {verdict.problem}", verdict.detail
-            )
+            self._report("registration", "cannot register again", verdict)
         else:
             self._quiet_until = self._retry_after_end(verdict, answer)
         problem = f"registration: {verdict.problem}"
@@ -893,12 +883,9 @@ class Sender:
 
     def _exchange(self, request: Request, judge_answer: Judge) -> tuple[Verdict, Answer]:
         """Send a request, and judge the answer."""
-        answer = self._transport.post(request, self.stop_by - self._clock())
+        self._last = answer = self._transport.post(request, self.stop_by - self._clock())
         verdict = judge_answer(answer, self._config.api_key, self._dialect.hints)
-        self._last_took_s = answer.took_s
-        self._last_answer = f"last {answer.status or 'unanswered'} in {answer.took_s * 1000:.0f} ms"
         if verdict.outcome is Outcome.DELIVERED:
-            self._transport.keep()
             self._note_clock(answer)
         else:
             self._transport.disconnect()
@@ -927,11 +914,12 @@ class Sender:
         else:
             if not answer.status:
                 self._transport.disconnect()
-            self._problems.begin(
-                "zonemta", f"cannot deliver ZoneMTA's figures: {verdict.problem}", verdict.detail
-            )
+            self._report("zonemta", "cannot deliver ZoneMTA's figures", verdict)
 
     # - what the log and the samples tell of it
+
+    def _report(self, name: str, what: str, verdict: Verdict) -> None:
+        self._problems.begin(name, f"{what}: {verdict.problem}", verdict.detail)
 
     def _note_clock(self, answer: Answer) -> None:
         """Compare the clocks: a sample with a wrong time does not show on the dashboard."""
@@ -950,29 +938,18 @@ class Sender:
             self._problems.end("clock", "this node's clock agrees with the dashboard's again")
 
     def _report_recovery(self) -> None:
-        """Log the end of an outage, with what it cost."""
-        counters = self._buffer.counters()
-        if not counters.waiting:
-            self._problems.end("drain")
-        if not self._is_down:
-            return
-        self._is_down = False
-        lost, self._dropped_logged = counters.dropped - self._dropped_logged, counters.dropped
-        size = self._config.buffer_size
+        """Log the end of an outage, and the end of trouble with old samples."""
+        waiting, took_s = self._buffer.counters().waiting, self._clock() - self._down_since
+        self._down_since = math.inf
         self._problems.end(
-            "delivery",
-            f"delivering again after {self._clock() - self._heartbeats.since:.0f} s, "
-            f"{counters.waiting} waiting"
-            + (f", {lost} dropped (BUFFER_SIZE={size} was too small)" if lost else ""),
-            logging.WARNING if lost else logging.INFO,
+            "delivery", f"delivering again after {took_s:.0f} s, {waiting} waiting"
         )
+        if not waiting:
+            self._problems.end("drain")
 
     def _report_losses(self) -> None:
-        """Log what was refused, and what the full ring dropped while the dashboard answers.
-
-        Refused samples: the first at once, then at most one line an hour.
-        """
-        counters, now = self._buffer.counters(), self._clock()
+        """Log refused samples (the first at once, then one line an hour), and dropped ones."""
+        counters, now, size = self._buffer.counters(), self._clock(), self._config.buffer_size
         refused = counters.refused - self._refused_logged
         if refused and now - self._refused_logged_at >= REFUSED_LOG_S:
             self._refused_logged, self._refused_logged_at = counters.refused, now
@@ -980,24 +957,25 @@ class Sender:
                 "the dashboard refused %d samples for good (%d since the start): %s",
                 refused, counters.refused, self._refusal,
             )
-        size = self._config.buffer_size
-        if not self._is_down and counters.dropped > self._dropped_logged:
-            self._dropped_logged = counters.dropped
-            if self._deliveries:  # else they were dropped while loading, and logged there
-                self._problems.begin(
-                    "slow", f"the dashboard is too slow: samples are dropped (BUFFER_SIZE={size})"
-                )
+        if counters.dropped > self._dropped:
+            self._problems.begin(
+                "dropped", f"the oldest samples are dropped: more than BUFFER_SIZE={size} wait"
+            )
         elif counters.waiting <= size // 2:
             self._problems.end(
-                "slow", f"the dashboard is fast enough again ({counters.dropped} dropped so far)"
+                "dropped", f"no more samples are dropped ({counters.dropped} dropped so far)"
             )
+        self._dropped = counters.dropped
 
     def status(self) -> str:
         """Say in one line how the sending goes, for `systemctl status`."""
-        counters = self._buffer.counters()
-        state = "not delivering" if self._is_down else "ok" if self._deliveries else "starting"
-        sent, waiting = counters.delivered, counters.waiting
-        return f"{state}: {sent} sent, {waiting} waiting, {self._last_answer}"
+        counters, last = self._buffer.counters(), self._last
+        figures = f"{counters.delivered} sent, {counters.waiting} waiting"
+        is_down = self._down_since < math.inf
+        if not is_down and not self._deliveries:
+            return f"starting: {figures}"
+        figures += f", last {last.status or 'unanswered'} in {1000 * last.took_s:.0f} ms"
+        return f"{'not delivering' if is_down else 'ok'}: {figures}"
 
 
 # --- problems, workers, ticks ------------------------------------------------------------
@@ -1020,20 +998,17 @@ class Problems:
         known = self._now.setdefault(name, set())
         if what not in known and len(known) < self.MOST_DESCRIPTIONS:
             known.add(what)
-            is_crash = level == logging.ERROR
-            log.log(level, "%s", f"{what}: {detail}" if detail else what, exc_info=is_crash)
+            text = f"{what}: {detail}" if detail else what
+            log.log(level, "%s", text, exc_info=level == logging.ERROR)
 
-    def end(self, name: str, message: str = "", level: int = logging.INFO) -> None:
+    def end(self, name: str, message: str = "") -> None:
         """Log the end of a problem, if it had begun."""
         if self._now.pop(name, None) and message:
-            log.log(level, "%s", message)
+            log.info("%s", message)
 
     def crash(self, what: str) -> None:
         """Log the exception that is being handled with its traceback, once for each place."""
-        trace = sys.exc_info()[2]
-        while trace and trace.tb_next:
-            trace = trace.tb_next
-        line = trace.tb_lineno if trace else 0
+        line = traceback.extract_tb(sys.exc_info()[2])[-1].lineno
         self.begin("crash", f"{what} (line {line})", level=logging.ERROR)
 
 
@@ -1206,7 +1181,6 @@ class Verdict:
 class Tries:
     """The attempts at one old sample, or at all heartbeats since the last success."""
 
-    since: float = math.inf  # when the first one failed
     failures: int = 0  # of an attempt and its retries, until they are used up
     strikes: int = 0  # how often the dashboard rejected this sample, and accepted others between
     deliveries: int = 0  # Sender._deliveries when the last strike was counted
@@ -1225,23 +1199,18 @@ def is_json(body: bytes) -> bool:
     return parse_json(body) is not None
 
 
-def is_empty(body: bytes) -> bool:
-    return not body
-
-
+# A field of an answer, and what it says if the request failed.
 FAILURE_WORDS = {
-    "success": ("false", "0", "no"), "ok": ("false", "0", "no"),
-    "status": ("error", "fail", "failed"),
+    "success": "false|0|no", "ok": "false|0|no", "status": "error|fail|failed",
+    "statusCode": "[4-9][0-9]{2}",
 }
 
 
 def is_failure(body: bytes) -> bool:
     """Tell whether an answer's JSON says that it failed, whatever its status."""
     said = parse_json(body) or {}
-    return (
-        any(str(said.get(name)).lower() in words for name, words in FAILURE_WORDS.items())
-        or re.fullmatch("[4-9][0-9]{2}", str(said.get("statusCode"))) is not None
-        or bool(said.get("error") or said.get("errors"))
+    return bool(said.get("error") or said.get("errors")) or any(
+        re.fullmatch(words, str(said.get(name)).lower()) for name, words in FAILURE_WORDS.items()
     )
 
 
@@ -1255,9 +1224,6 @@ class Rule(NamedTuple):
     note: str = ""  # logged behind the status
     is_own_error: bool = False
 
-    def fits(self, status: int, body: bytes) -> bool:
-        return status in self.statuses and (self.body is None or self.body(body))
-
 
 NOT_THE_DASHBOARD = "this is not the dashboard's answer: is DASHBOARD_URL right?"
 
@@ -1266,7 +1232,7 @@ NOT_THE_DASHBOARD = "this is not the dashboard's answer: is DASHBOARD_URL right?
 RULES = (
     Rule(range(200, 300), Outcome.KEPT, body=is_failure, note="but reports a failure"),
     Rule(range(200, 300), Outcome.DELIVERED, body=is_json),
-    Rule((201, 202, 204), Outcome.DELIVERED, body=is_empty),
+    Rule((201, 202, 204), Outcome.DELIVERED, body=lambda body: not body),
     Rule(range(200, 300), Outcome.KEPT, NOT_THE_DASHBOARD),
     Rule(range(300, 400), Outcome.KEPT, note="a redirect: correct DASHBOARD_URL"),
     Rule((401,), Outcome.KEPT,
@@ -1289,7 +1255,10 @@ def judge(answer: Answer, key: str, hints: tuple[Rule, ...] = ()) -> Verdict:
     """Return the verdict on the answer to a sample."""
     if answer.status == 0:
         return Verdict(Outcome.RETRY, answer.reason)
-    rule = next(r for r in (*hints, *RULES) if r.fits(answer.status, answer.body))
+    rule = next(
+        rule for rule in (*hints, *RULES)
+        if answer.status in rule.statuses and (rule.body is None or rule.body(answer.body))
+    )
     if rule.outcome is Outcome.DELIVERED:
         return Verdict(Outcome.DELIVERED)
     server = printable(answer.server, key, HEADER_CHARS)
@@ -1355,12 +1324,10 @@ def mask(text: str, key: str) -> str:
 
 
 def http_date(text: str) -> float | None:
-    """Return the epoch seconds of an HTTP date, None if it is none.
-
-    Each of HTTP's three formats is in UTC (RFC 9110, 5.6.7); asctime's does not say so.
-    """
+    """Return the epoch seconds of an HTTP date, None if it is none."""
     try:
         found = parsedate_to_datetime(text)
+        # All three formats are in UTC (RFC 9110, 5.6.7); asctime's does not say so.
         return (found if found.tzinfo else found.replace(tzinfo=timezone.utc)).timestamp()
     except (ValueError, TypeError, OverflowError, IndexError):
         return None
@@ -1369,8 +1336,7 @@ def http_date(text: str) -> float | None:
 def retry_after_s(answer: Answer, now: float) -> float:
     """Return how long the dashboard wants to be left alone, at most RETRY_AFTER_LIMIT_S.
 
-    A date is compared with the answer's own Date, else with `now`: the dashboard's clock as
-    far as it is known (epoch seconds).
+    now: its clock as far as it is known, in epoch seconds, for an answer without a Date.
     """
     try:
         seconds: float = int(answer.retry_after)
@@ -1381,14 +1347,13 @@ def retry_after_s(answer: Answer, now: float) -> float:
 
 
 def backoff_s(attempt: int, jitter: float) -> float | None:
-    """Return the pause before retry number `attempt` (from 1), None when there is none left.
-
-    jitter, 0 to 1, spreads it from 75 to 125 %.
-    """
+    """Return the pause before a retry (1 is the first), None if there is none; jitter: 0 to 1."""
     return BACKOFF_S[attempt - 1] * (0.75 + 0.5 * jitter) if attempt <= len(BACKOFF_S) else None
 
 
 # --- dialects ----------------------------------------------------------------------------
+
+Neutral = Mapping[str, Any]  # a sample without node id and dialect, as unpack() returns it
 
 
 class Request(NamedTuple):
@@ -1397,9 +1362,6 @@ class Request(NamedTuple):
     path: str
     headers: dict[str, str]
     body: bytes
-
-
-Neutral = Mapping[str, Any]  # a sample without node id and dialect, as unpack() returns it
 
 
 @dataclass(frozen=True, slots=True)
@@ -1412,11 +1374,11 @@ class Dialect:
     queue: Callable[[Neutral, str], dict[str, Any]]  # ZoneMTA's figures, if they go by themselves
     hints: tuple[Rule, ...]  # answers that mean more than their status says
     is_gzip: bool  # samples are
-    confirms_id: bool  # samples go under the id in the answer to a registration
+    confirmed_id: Callable[[bytes], str | None]  # by the answer to a registration; None: our own
 
     def register(self, neutral: Neutral, node_id: str, ip: str, key: str) -> Request:
         """Render the registration of this machine, as it was in a neutral sample."""
-        hostname = _printable(socket.gethostname())[:255]
+        hostname = _printable(socket.gethostname())
         body = {"hostname": hostname, **self.node(neutral, node_id, ip)}
         return Request("/api/v1/nodes", self.headers(key), _json(body))
 
@@ -1431,9 +1393,6 @@ class Dialect:
         """Render what is posted after a sample; None if there is nothing."""
         body = self.queue(neutral, node_id)
         return Request("/api/v1/metrics/zonemta", self.headers(key), _json(body)) if body else None
-
-    def confirmed_id(self, answer: bytes) -> str | None:
-        return confirmed_id(answer) if self.confirms_id else None
 
 
 def _json(body: Mapping[str, Any]) -> bytes:
@@ -1459,9 +1418,8 @@ V1 = Dialect(
              lambda body: b"x-api-key" in body.lower()),
     ),
     is_gzip=True,
-    confirms_id=True,
+    confirmed_id=confirmed_id,
 )
-
 
 # Our names -> those of tinomail-monitor.
 MONITOR_SYSTEM = {
@@ -1480,7 +1438,6 @@ MONITOR_SYSTEM = {
     "tcp_time_wait": "tcpTimeWait",
     "open_files": "openFiles",
 }
-MONITOR_LOADS = ("load1m", "load5m", "load15m")
 MONITOR_PROCESSES = {"zonemta": "zone-mta", "redis": "redis-server", "mongodb": "mongod"}
 # Its pages have a tab for `zonemta`, none for these.
 MONITOR_ROLES = {"zonemta-outbound": "zonemta", "zonemta-local": "zonemta"}
@@ -1495,8 +1452,6 @@ MONITOR_QUEUE = {
     "rejectedTotal": ("rejected_total",),
     "connectionsActive": ("connections",),
 }
-# Columns of 4 bytes: a larger value is a 500 for the whole sample.
-MONITOR_INT4 = ("tcpEstablished", "tcpTimeWait", "openFiles", "queueSize", "connectionsActive")
 
 
 def _monitor_node(neutral: Neutral, node_id: str, ip: str) -> dict[str, Any]:
@@ -1519,8 +1474,8 @@ def _monitor_body(neutral: Neutral, node_id: str) -> dict[str, Any]:
     body: dict[str, Any] = {
         "nodeId": node_id, "nodeRole": MONITOR_ROLES.get(role, role),
         "timestamp": neutral["timestamp"],
-        **_int4({new: system[old] for old, new in MONITOR_SYSTEM.items() if old in system}),
-        **dict(zip(MONITOR_LOADS, system.get("load_avg", ()))),
+        **{new: system[old] for old, new in MONITOR_SYSTEM.items() if old in system},
+        **dict(zip(("load1m", "load5m", "load15m"), system.get("load_avg", ()))),
     }
     processes = [
         {"name": MONITOR_PROCESSES.get(name, name), "running": row["status"] == "running",
@@ -1535,16 +1490,11 @@ def _monitor_body(neutral: Neutral, node_id: str) -> dict[str, Any]:
 
 def _monitor_queue(neutral: Neutral, node_id: str) -> dict[str, Any]:
     figures = neutral.get("zonemta", {})
-    known = _int4({
+    known = {
         theirs: sum(figures[name] for name in ours)
         for theirs, ours in MONITOR_QUEUE.items() if figures.keys() >= set(ours)
-    })
+    }
     return {"nodeId": node_id, "timestamp": neutral["timestamp"], **known} if known else {}
-
-
-def _int4(figures: dict[str, Any]) -> dict[str, Any]:
-    """Leave out what is too large for a column of 4 bytes."""
-    return {n: value for n, value in figures.items() if n not in MONITOR_INT4 or value < 2**31}
 
 
 # TinoMail Monitor as it is deployed: x-api-key, camelCase, never gzip. It takes samples of nodes
@@ -1563,7 +1513,7 @@ MONITOR = Dialect(
         Rule((404,), Outcome.KEPT, "no such address: is DASHBOARD_URL right?"),
     ),
     is_gzip=False,
-    confirms_id=False,
+    confirmed_id=lambda answer: None,
 )
 
 DIALECTS = {"v1": V1, "tinomail-monitor": MONITOR}
@@ -1574,7 +1524,7 @@ DIALECTS = {"v1": V1, "tinomail-monitor": MONITOR}
 # What a socket says where its address family is off or has no route: the node's own condition.
 NO_WAY = (errno.EHOSTUNREACH, errno.ENETUNREACH, errno.EAFNOSUPPORT)
 CONNECTION_LIMIT_S = 3600.0  # then a kept connection is closed: the dashboard may have moved
-ANSWER_LIMIT_BYTES = 64 * 1024  # of its headers, of its body, of its body decompressed
+ANSWER_LIMIT_BYTES = 64 * 1024  # of its body, of its body decompressed; twice that of all of it
 
 
 @dataclass(frozen=True, slots=True)
@@ -1592,36 +1542,43 @@ class Answer:
     is_lasting: bool = False  # no answer, and waiting does not mend it
 
 
-class Transport:
-    """Posts to the dashboard over one kept-alive connection; takes nothing from the environment.
+class Transport(requests.adapters.HTTPAdapter):
+    """requests' adapter, to post over one kept-alive connection that is opened and limited here.
 
-    A request goes through requests' adapter alone: a session of requests would follow redirects,
-    keep cookies, and decompress without limit.
+    A session of requests would follow redirects, keep cookies, decompress without limit, and take
+    proxies, CA files and passwords from the environment.
     """
 
     def __init__(self, base_url: str, ca_bundle: str = "") -> None:
-        self._base_url = base_url
+        super().__init__()
+        self._url = urlsplit(base_url)
         self._ca_bundle = ca_bundle
-        self._adapter: _Adapter | None = None  # None: the CA files are to be read (again)
+        self._tls: ssl.SSLContext | None = None  # None: the CA files are to be read (again)
         self._connection: Any = None  # urllib3's; it may be closed by now
         self._opened = 0.0  # monotonic: when it was opened
         self._limit_s = REQUEST_DEADLINE_S  # of an attempt
-        self._addresses: list[tuple[int, Any]] = []  # (family, socket address)
-        self._address: Any = None  # of the connection
-        self._ranks: dict[Any, float] = {}  # by address: -1 if it is good, else when it failed
+        self._addresses: list[Any] = []  # (family, socket address), the best one first
         self.local_ip: str | None = None  # this machine's address, of the last connection
         self.deadline = 0.0  # monotonic: when the attempt ends; infinite during a name look-up
+        pool = self.poolmanager.pool_classes_by_scheme[self._url.scheme]
+        connection = type("Connection", (pool.ConnectionCls,), {
+            "connect": lambda opened: self.connect(opened), "response_class": self.response,
+        })
+        pool = type("Pool", (pool,), {"ConnectionCls": connection})
+        self.poolmanager.pool_classes_by_scheme = {self._url.scheme: pool}
 
     def post(self, request: Request, within_s: float = math.inf) -> Answer:
         """Send one POST; never raises for what the network or the dashboard does.
 
-        It ends after REQUEST_DEADLINE_S (SLOW_DEADLINE_S if the last attempt ran out of time)
-        and after within_s; the look-up of the name aside.
+        within_s: a limit besides its own, the look-up of the name aside.
         """
+        url = self._url.geturl() + request.path
+        headers = {"User-Agent": f"tinomail-agent/{VERSION}", **request.headers}
+        prepared = requests.Request("POST", url, headers, data=request.body).prepare()
         started = time.monotonic()
-        if started - self._opened > CONNECTION_LIMIT_S:
-            self._close()
-        answer = self._attempt(request, within_s)
+        if self._connection and started - self._opened > CONNECTION_LIMIT_S:
+            self._connection.close()
+        answer = self._attempt(prepared, min(self._limit_s, within_s))
         took_s = time.monotonic() - started
         if answer.status and took_s < REQUEST_DEADLINE_S:
             self._limit_s = REQUEST_DEADLINE_S
@@ -1629,17 +1586,11 @@ class Transport:
             self._limit_s = SLOW_DEADLINE_S
         return dataclasses.replace(answer, took_s=took_s)
 
-    def keep(self) -> None:
-        """Note that the dashboard answered: its address is tried first from now on."""
-        self._ranks = {self._address: -1}
-
     def disconnect(self) -> None:
-        """Close the connection after a failure: the next attempt looks the name up again.
-
-        Of the addresses that failed since the last success, the first one is tried first.
-        """
-        self._ranks[self._address] = time.monotonic()
-        self._close()
+        """Close the connection after a failure: the next one begins with another address."""
+        if self._connection:
+            self._connection.close()
+            self._addresses.append(self._addresses.pop(0))
 
     def route_ip(self) -> str:
         """Return this machine's address on the way to the dashboard, "" without one."""
@@ -1650,162 +1601,114 @@ class Transport:
                     return str(sock.getsockname()[0])
         return ""
 
-    def left_s(self) -> float:
+    # - what requests and urllib3 call
+
+    def cert_verify(self, conn: Any, url: str, verify: Any, cert: Any) -> None:
+        """Do nothing: requests would trust its own CA file."""
+
+    def build_response(self, req: Any, resp: Any) -> Any:
+        """Hand on urllib3's response: requests would take cookies from it."""
+        return resp
+
+    def connect(self, connection: Any) -> None:
+        """Open the socket of urllib3's connection, with TLS where the dashboard has it."""
+        self._opened = time.monotonic()
+        if self._url.scheme == "https" and not self._tls:
+            self._tls = tls_context(self._ca_bundle)
+        sock, self._connection = self._dial(), connection
+        self.local_ip = str(sock.getsockname()[0])
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        sock.settimeout(self._left_s())
+        if self._tls:
+            name = str(self._url.hostname).rstrip(".")
+            try:
+                sock = self._tls.wrap_socket(sock, server_hostname=name)
+            except ssl.SSLCertVerificationError as error:
+                self._tls = None
+                raise TrustError(certificate_problem(error)) from None
+        connection.sock, connection.is_verified = sock, True
+
+    def response(self, sock: Any, **named: Any) -> http.client.HTTPResponse:
+        """Return http.client's response, with a time limit and a size limit for all of it.
+
+        A socket's own time-out starts anew with every byte that arrives. http.client alone reads
+        headers of 6 MB, interim answers without end, and a chunk of negative size without limit.
+        """
+        response = http.client.HTTPResponse(sock, **named)
+        raw: Any = response.fp.raw
+        read, left = raw.readinto, 2 * ANSWER_LIMIT_BYTES
+
+        def read_some(buffer: Any) -> int:
+            nonlocal left
+            sock.settimeout(self._left_s())
+            count: int = read(buffer)
+            left -= count
+            if left < 0:
+                raise http.client.LineTooLong("answer")
+            return count
+
+        raw.readinto = read_some
+        return response
+
+    def _left_s(self) -> float:
         """Return the time that is left for the attempt; raise TimeoutError if it is over."""
         left_s = self.deadline - time.monotonic()
         if left_s <= 0:
             raise TimeoutError
         return left_s
 
-    def dial(self, connection: Any) -> socket.socket:
-        """Connect to the first address that answers; none takes more than its share of the time.
-
-        connection: urllib3's, which the socket is for.
-        """
-        error: OSError = OSError(errno.EHOSTUNREACH, "")
-        for index, (family, address) in enumerate(self._addresses):
+    def _dial(self) -> socket.socket:
+        """Connect to the first address that answers; none takes more than its share of the time."""
+        failures: list[OSError] = []
+        addresses = self._look_up()
+        for index, (family, address) in enumerate(addresses):
             sock = None
             try:
                 sock = socket.socket(family, socket.SOCK_STREAM)
-                sock.settimeout(self.left_s() / (len(self._addresses) - index))
+                sock.settimeout(self._left_s() / (len(addresses) - index))
                 sock.connect(address)
-                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-                sock.settimeout(self.left_s())  # for TLS's handshake
             except OSError as failure:
                 if sock:
                     sock.close()
-                if failure.errno not in NO_WAY or error.errno in NO_WAY:
-                    error = failure
-                continue
-            self._connection, self._address, self._opened = connection, address, time.monotonic()
-            self.local_ip = str(sock.getsockname()[0])
-            return sock
-        raise error
+                failures.append(failure)
+            else:
+                addresses.insert(0, addresses.pop(index))
+                return sock
+        raise min(failures, key=lambda failure: failure.errno in NO_WAY)
 
-    def _attempt(self, request: Request, within_s: float) -> Answer:
+    # - one attempt
+
+    def _attempt(self, request: requests.PreparedRequest, limit_s: float) -> Answer:
         """Send a request over the kept connection, else over a new one."""
-        is_kept = self._connection is not None and not is_connection_dropped(self._connection)
-        raw = None
+        raw, opened = None, self._opened
+        self.deadline = time.monotonic() + limit_s
         try:
-            if not is_kept:
-                self._address = None
-                self._look_up()
-            self.deadline = time.monotonic() + min(self._limit_s, within_s)
-            raw = self._send(request)
+            raw = self.send(request, stream=True, timeout=SLOW_DEADLINE_S)
             with contextlib.closing(raw):
                 return _read_answer(raw)
-        except (OSError, http.client.HTTPException, urllib3.exceptions.HTTPError,
-                ValueError) as error:
-            causes: list[BaseException] = [error]
-            while cause := causes[-1].__context__:
-                causes.append(cause)
-        self._close()
-        if any(isinstance(cause, CERTIFICATE_ERRORS) for cause in causes):
-            self._adapter = None
-        if is_kept and raw is None and any(isinstance(cause, CLOSED) for cause in causes):
-            # The server has just closed it, because it was idle.
+        except (OSError, ValueError, urllib3.exceptions.HTTPError) as error:
+            answer = no_answer(error)
+        if answer.reason == CLOSED and raw is None and self._opened == opened:
+            # The server has just closed the kept connection, because it was idle.
             return self._attempt(request, self.deadline - time.monotonic())
-        return no_answer(causes)
+        return answer
 
-    def _send(self, request: Request) -> Any:
-        """Send a request; return urllib3's response, of which the headers are read."""
-        if self._adapter is None:
-            is_secure = self._base_url.startswith("https://")
-            self._adapter = _Adapter(self, tls_context(self._ca_bundle) if is_secure else None)
-        headers = {
-            "User-Agent": f"tinomail-agent/{VERSION}", "Accept-Encoding": "identity",
-            **request.headers,
-        }
-        url = self._base_url + request.path
-        prepared = requests.Request("POST", url, headers, data=request.body).prepare()
-        return self._adapter.send(prepared, stream=True, timeout=SLOW_DEADLINE_S)
-
-    def _close(self) -> None:
-        if self._connection:
-            self._connection.close()  # clear() does so only when nothing refers to the pool
-            self._connection = None
-        if self._adapter:
-            self._adapter.poolmanager.clear()
-
-    def _look_up(self) -> list[tuple[int, Any]]:
-        """Return the addresses of the dashboard, in the order in which they are to be tried.
-
-        While no name server answers, they are those of the last look-up.
-        """
-        parts = urlsplit(self._base_url)
-        port = parts.port or (443 if parts.scheme == "https" else 80)
+    def _look_up(self) -> list[Any]:
+        """Return the addresses of the dashboard, in the order in which they are to be tried."""
+        port = self._url.port or (443 if self._url.scheme == "https" else 80)
+        left_s = self.deadline - time.monotonic()
         self.deadline = math.inf  # getaddrinfo() has no time limit
         try:
-            found = socket.getaddrinfo(parts.hostname, port, type=socket.SOCK_STREAM)
-            self._addresses = [(family, address) for family, _, _, _, address in found]
+            rows = socket.getaddrinfo(self._url.hostname, port, type=socket.SOCK_STREAM)
+            found = [(family, address) for family, *_, address in rows]
+            known = [one for one in self._addresses if one in found]
+            self._addresses = known + [one for one in found if one not in known]
         except socket.gaierror as error:
             if error.errno != socket.EAI_AGAIN or not self._addresses:
-                raise
+                raise  # else no name server answers: the addresses of the last look-up
         finally:
-            self.deadline = time.monotonic()
-        self._addresses.sort(key=lambda found: self._ranks.get(found[1], 0))
+            self.deadline = time.monotonic() + left_s
         return self._addresses
-
-
-class _Adapter(requests.adapters.HTTPAdapter):
-    """requests' adapter, whose connections a Transport opens, with our own trust."""
-
-    def __init__(self, transport: Transport, context: ssl.SSLContext | None) -> None:
-        super().__init__()
-        self.init_poolmanager(1, 1, ssl_context=context)
-        ours = {
-            "_new_conn": lambda connection: transport.dial(connection),
-            "response_class": lambda connection, sock, **named: _response(transport, sock, **named),
-        }
-        classes = self.poolmanager.pool_classes_by_scheme
-        self.poolmanager.pool_classes_by_scheme = {
-            scheme: type("Pool", (pool,), {
-                "ConnectionCls": type("Connection", (pool.ConnectionCls,), ours)
-            })
-            for scheme, pool in classes.items()
-        }
-
-    def cert_verify(self, conn: Any, url: str, verify: Any, cert: Any) -> None:
-        """Leave the trust to our own context: requests would add its own CA file to it."""
-        conn.cert_reqs = "CERT_REQUIRED"
-
-    def build_response(self, req: Any, resp: Any) -> Any:
-        """Hand on urllib3's response: requests would take cookies from it."""
-        return resp
-
-
-class _Reader(io.RawIOBase):
-    """Reads one answer from a socket, with a time limit and a size limit for all of it.
-
-    A socket's own time-out starts anew with every byte that arrives. http.client alone reads
-    headers of 6 MB, interim answers without end, and a chunk of negative size without limit.
-    """
-
-    def __init__(self, raw: Any, sock: socket.socket, left_s: Callable[[], float]) -> None:
-        self._raw, self._sock, self._left_s = raw, sock, left_s
-        self._count = 0
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        self._sock.settimeout(self._left_s())
-        count: int = self._raw.readinto(buffer)
-        self._count += count
-        if self._count > 2 * ANSWER_LIMIT_BYTES:
-            raise http.client.LineTooLong("answer")
-        return count
-
-    def close(self) -> None:
-        self._raw.close()
-        super().close()
-
-
-def _response(transport: Transport, sock: Any, **named: Any) -> Any:
-    """Return http.client's response, with a _Reader below it."""
-    response = http.client.HTTPResponse(sock, **named)
-    response.fp = io.BufferedReader(_Reader(response.fp.detach(), sock, transport.left_s))
-    return response
 
 
 def _read_answer(raw: Any) -> Answer:
@@ -1813,8 +1716,8 @@ def _read_answer(raw: Any) -> Answer:
     body = b""
     if not 300 <= raw.status < 400:
         body = raw.read(ANSWER_LIMIT_BYTES, decode_content=False)
-        if raw.length_remaining and len(body) < ANSWER_LIMIT_BYTES:  # urllib3 1.26 does not mind
-            raise http.client.IncompleteRead(body)
+        if raw.length_remaining and len(body) < ANSWER_LIMIT_BYTES:  # urllib3 does not mind
+            raise ConnectionError
     if raw.headers.get("Content-Encoding"):  # the agent asks for none, but some proxies compress
         with contextlib.suppress(zlib.error):
             body = zlib.decompressobj(47).decompress(body, ANSWER_LIMIT_BYTES)  # gzip or zlib
@@ -1823,30 +1726,22 @@ def _read_answer(raw: Any) -> Answer:
 
 
 SYSTEM_CA = "/etc/ssl/certs/ca-certificates.crt"
-# From libraries that do not declare what they have had for ten years.
-certifi_bundle: Callable[[], str] = requests.certs.where  # type: ignore[attr-defined]
-URLLIB3_VERSION: str = urllib3.__version__  # type: ignore[attr-defined]
-WrongName: type[Exception] = urllib3.connection.CertificateError  # type: ignore[attr-defined]
-is_connection_dropped: Callable[[Any], bool] = urllib3.util.connection.is_connection_dropped
 
 
 class TrustError(ValueError):
-    """The CA to trust cannot be had; the text says why."""
+    """The CA to trust cannot be read, or the certificate is bad; the text says why."""
 
 
 def tls_context(ca_bundle: str) -> ssl.SSLContext:
-    """Return a context that trusts CA_BUNDLE, else the system's store, else certifi's.
-
-    Raises TrustError if the file cannot be read.
-    """
+    """Trust CA_BUNDLE, else the system's store, else certifi's. Raises TrustError."""
     # Not create_default_context(): from Python 3.13 on it refuses private CAs that older
     # versions, openssl verify and curl take.
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
+    context.set_alpn_protocols(["http/1.1"])
     context.verify_flags = ssl.VERIFY_X509_TRUSTED_FIRST | ssl.VERIFY_X509_PARTIAL_CHAIN
-    # urllib3 1.26 names no IP address to OpenSSL: it compares the certificate's names itself.
-    context.check_hostname = not URLLIB3_VERSION.startswith("1.")
-    for path in [ca_bundle] if ca_bundle else [SYSTEM_CA, certifi_bundle()]:
+    certifi: str = requests.certs.where()  # type: ignore[attr-defined]
+    for path in [ca_bundle] if ca_bundle else [SYSTEM_CA, certifi]:
         try:
             context.load_verify_locations(cafile=path)
             return context
@@ -1857,39 +1752,35 @@ def tls_context(ca_bundle: str) -> ssl.SSLContext:
     raise TrustError(f"cannot use CA_BUNDLE={ca_bundle or path}: {why}")
 
 
-WRONG_NAME = 62
 # X509_V_ERR_* of openssl/x509_vfy.h: what is wrong with a certificate.
 CERTIFICATE_PROBLEMS = {
     9: "is not valid yet (are the clocks right?)",
     10: "has expired",
     18: "is self-signed",
     **dict.fromkeys((19, 20, 21), "comes from a CA that this node does not trust"),
-    WRONG_NAME: "is for another name",
+    62: "is for another name",
     64: "is for another IP address",
 }
 
 
-def certificate_problem(error: Any) -> str:
-    """Say what is wrong with a certificate; urllib3 1.26 has no code for a wrong name."""
-    code = getattr(error, "verify_code", WRONG_NAME)
-    problem = CERTIFICATE_PROBLEMS.get(code) or f"is bad (OpenSSL: {error.verify_message})"
+def certificate_problem(error: ssl.SSLCertVerificationError) -> str:
+    other = f"is bad (OpenSSL: {error.verify_message})"
+    problem = CERTIFICATE_PROBLEMS.get(error.verify_code, other)
     return f"the dashboard's certificate {problem} (CA_BUNDLE names the CA to trust)"
 
 
-CERTIFICATE_ERRORS = (ssl.SSLCertVerificationError, WrongName)
-CLOSED = (ConnectionError, ssl.SSLEOFError, ssl.SSLZeroReturnError)
+CLOSED = "the connection was closed before the answer was complete"
 TIME_IS_OVER = "no complete answer in time (a firewall, or a dashboard that hangs)"
 
 # Why there was no answer: an exception, whether it is lasting (waiting does not help), and our own
 # words, since an exception's text may hold the key. The first row that fits counts.
 NETWORK_PROBLEMS: tuple[tuple[Any, bool, str | Callable[[Any], str]], ...] = (
     (TrustError, True, str),
-    (CERTIFICATE_ERRORS, True, certificate_problem),
     (socket.gaierror, True, "the name in DASHBOARD_URL cannot be resolved"),
     (TimeoutError, False, TIME_IS_OVER),
     (ConnectionRefusedError, False, "connection refused"),
-    ((*CLOSED, http.client.IncompleteRead), False,
-     "the connection was closed before the answer was complete"),
+    ((ConnectionError, ssl.SSLEOFError, ssl.SSLZeroReturnError, http.client.IncompleteRead), False,
+     CLOSED),
     (ssl.SSLError, True,
      lambda e: f"TLS failed ({e.reason or 'no reason given'}); is this an https:// address?"),
     (http.client.LineTooLong, True, "the answer is too long"),
@@ -1897,17 +1788,19 @@ NETWORK_PROBLEMS: tuple[tuple[Any, bool, str | Callable[[Any], str]], ...] = (
 )
 
 
-def no_answer(causes: list[BaseException]) -> Answer:
+def no_answer(error: BaseException) -> Answer:
     """Say why there was no answer, without a word of an exception's own text."""
+    causes = [error]
+    while cause := causes[-1].__context__:
+        causes.append(cause)
     for kinds, is_lasting, words in NETWORK_PROBLEMS:
         for cause in causes:
             if isinstance(cause, kinds):
-                if getattr(cause, "errno", None) == socket.EAI_AGAIN:  # no name server answers
-                    is_lasting = False
+                no_name_server = getattr(cause, "errno", None) == socket.EAI_AGAIN
                 reason = words(cause) if callable(words) else words
-                return Answer(0, reason, is_lasting=is_lasting)
+                return Answer(0, reason, is_lasting=is_lasting and not no_name_server)
     codes = [c.errno for c in causes if isinstance(c, OSError) and isinstance(c.errno, int)]
-    kind = type(causes[0]).__name__
+    kind = type(error).__name__
     return Answer(0, os.strerror(codes[-1]) if codes else f"the request failed ({kind})")
 
 
@@ -1938,21 +1831,18 @@ class State:
         self._buffer = os.path.join(folder, "buffer")
         self._new = os.path.join(self._buffer, "new")  # the file that is being written
 
-    def load(self, known: Container[int] = ()) -> SavedSamples:
-        """Read the saved samples, but for those whose number is known.
-
-        A file that cannot be read now stays for later. A damaged one is deleted.
-        """
+    def load(self, known: Iterable[int] = ()) -> SavedSamples:
+        """Read the samples that are not known. Delete damaged files, leave unreadable ones."""
         samples, damaged, unread = [], 0, ""
         try:
             with os.scandir(self._buffer) as entries:
                 names = [entry.name for entry in entries if entry.is_file(follow_symlinks=False)]
         except OSError as error:
             return SavedSamples([], 0, "" if error.errno == errno.ENOENT else _reason(error))
-        found = filter(None, map(SAMPLE_FILE.fullmatch, sorted(names)))
-        for seq in (int(name[1]) for name in found if int(name[1]) not in known):
+        seqs = {int(name.split(".")[0]) for name in names if SAMPLE_FILE.fullmatch(name)}
+        for seq in sorted(seqs.difference(known)):
             try:
-                packed = read_bytes(self._path(seq), FILE_LIMIT_BYTES + 1)
+                packed = read_bytes(self._path(seq), FILE_LIMIT_BYTES)
             except OSError as error:
                 unread = _reason(error)
                 continue
@@ -1984,14 +1874,13 @@ def read_sample(seq: int, packed: bytes) -> Sample | None:
     """Return the sample that a file holds, None if the file is damaged or holds none."""
     try:
         neutral = unpack(packed)
-        sample = Sample(seq, neutral["role"], packed)
         for dialect in DIALECTS.values():  # what can be rendered now can be rendered each time
-            _json(dialect.node(neutral, "", ""))
-            _json(dialect.body(neutral, ""))
-            _json(dialect.queue(neutral, ""))
+            dialect.register(neutral, "", "", "")
+            dialect.sample(neutral, "", "")
+            dialect.zonemta(neutral, "", "")
+        return Sample(seq, neutral["role"], packed)
     except Exception:  # whatever a file may hold: it must not stop the start
         return None
-    return sample
 
 
 # 1.0.0 drops a process or a disk that has a column which it does not know. So that a downgrade
@@ -2030,12 +1919,12 @@ def iso_utc(epoch_s: float) -> str:
 
 # --- reading /proc and sysfs -------------------------------------------------------------
 
-# What a reader of /proc, sysfs or psutil raises when a metric cannot be read.
+# What a reader raises when a metric cannot be read.
 READ_ERRORS = (
     OSError, ValueError, LookupError, RuntimeError, TypeError, AttributeError, struct.error,
     psutil.Error, http.client.HTTPException,
 )
-# Reader -> its file. In a container lxcfs, a FUSE file system, may provide it, and it may hang.
+# Reader -> its file. In a container it may be of lxcfs, a FUSE file system, and hang.
 LXCFS_FILES = {
     "cpu": "/proc/stat", "memory": "/proc/meminfo", "disk_io": "/proc/diskstats",
     "load": "/proc/loadavg", "uptime": "/proc/uptime", "pressure": "/proc/pressure",
@@ -2063,7 +1952,7 @@ def read_feature(path: str) -> bytes:
 
 
 def _reason(error: BaseException) -> str:
-    """Return in a few words why something could not be read; the same words each time."""
+    """Return why something could not be read, in the same words each time."""
     if isinstance(error, OSError) and error.errno:
         where = f" ({error.filename})" if error.filename else ""
         return (error.strerror or os.strerror(error.errno)) + where
@@ -2077,22 +1966,18 @@ def _printable(text: str) -> str:
 class Meter:
     """Measures how fast counters grow between two readings.
 
-    A counter falls when it was reset, or when one reading of it is wrong. The next reading
-    tells which. Both readings are kept until then: a wrong one must not become the base of a
-    rate.
+    A counter falls when it was reset, or when one reading is wrong. The next one tells which.
+    Both are kept until then: a wrong one must not become the base of a rate.
     """
 
-    def __init__(self, clock: Callable[[], float], tolerance: float = 0) -> None:
-        """tolerance: a counter that falls by this much or less counts as unchanged."""
+    TOLERANCE = CLOCK_TICKS  # a smaller fall is none: iowait may fall a little
+
+    def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
-        self._tolerance = tolerance
         self._bases: dict[Any, list[tuple[float, Sequence[float]]]] = {}  # the best base first
 
     def rates(self, readings: Mapping[Any, Sequence[float]]) -> Rates:
-        """Return name -> growth a second since the last good reading; None if a counter fell.
-
-        A new name has no rate yet. A name that is not in `readings` is forgotten.
-        """
+        """Return name -> growth a second, None if a counter fell; a new name has none yet."""
         now = self._clock()
         found: dict[Any, list[float] | None] = {}
         before, self._bases = self._bases, {}
@@ -2102,7 +1987,7 @@ class Meter:
                 found[name] = next((
                     [max(0, new - old) / (now - then) for old, new in zip(base, reading)]
                     for then, base in bases if now > then
-                    and all(new >= old - self._tolerance for old, new in zip(base, reading))
+                    and all(new >= old - self.TOLERANCE for old, new in zip(base, reading))
                 ), None)
                 if found[name] is None:
                     self._bases[name] = [bases[0], (now, reading)]
@@ -2110,7 +1995,7 @@ class Meter:
 
 
 def total_rates(rates: Rates) -> tuple[int | None, int | None]:
-    """Return the rates of two counters, summed over all names; None if one is missing."""
+    """Return the rates of two counters, summed; None if one is missing."""
     known = [rate for rate in rates.values() if rate]
     if not known or len(known) < len(rates):
         return None, None
@@ -2127,40 +2012,32 @@ def own_rss_bytes() -> int:
     return int(read_bytes("/proc/self/statm").split()[1]) * PAGE_BYTES
 
 
-# Columns of /proc/stat (proc_stat(5)). Those after the eighth are part of `user` and `nice`.
+# proc_stat(5). The columns after the eighth are part of `user` and `nice`.
 CPU_COLUMNS, CPU_IDLE, CPU_IOWAIT, CPU_STEAL = 8, 3, 4, 7
 
 
 def parse_cpu_ticks(data: bytes) -> dict[int, list[int]]:
-    """Return core -> its columns of /proc/stat. A core that is offline has no line."""
+    """Return core -> its columns of /proc/stat."""
     rows = re.findall(rb"^cpu(\d+) (.*)$", data, re.MULTILINE)
     return {int(core): list(map(int, ticks.split()[:CPU_COLUMNS])) for core, ticks in rows}
 
 
 def busy_percent(ticks: Sequence[float]) -> float | None:
-    """Return the share of time in which a CPU was busy; iowait counts as idle."""
+    """Return the share of time that was not idle; iowait counts as idle."""
     return percent(sum(ticks) - ticks[CPU_IDLE] - ticks[CPU_IOWAIT], sum(ticks))
 
 
-class CpuReader:
-    """Reads how busy each core is, and all of them together, with their iowait and steal."""
-
-    def __init__(self, proc: str, clock: Callable[[], float]) -> None:
-        self._proc = proc
-        self._meter = Meter(clock, tolerance=CLOCK_TICKS)  # iowait may fall a little
-
-    def read(self) -> dict[str, Any]:
-        rates = self._meter.rates(parse_cpu_ticks(read_bytes(f"{self._proc}/stat")))
-        cores = {core: ticks for core, ticks in rates.items() if ticks}
-        all_cores = [sum(column) for column in zip(*cores.values())] or [0] * CPU_COLUMNS
-        shares = {core: busy_percent(ticks) for core, ticks in cores.items()}
-        rows = [{"core": core, "percent": p} for core, p in shares.items() if p is not None]
-        return {
-            "cpu_percent": busy_percent(all_cores),
-            "cpu_cores": rows or None,
-            "cpu_iowait_percent": percent(all_cores[CPU_IOWAIT], sum(all_cores)),
-            "cpu_steal_percent": percent(all_cores[CPU_STEAL], sum(all_cores)),
-        }
+def read_cpu(proc: str, meter: Meter) -> dict[str, Any]:
+    rates = meter.rates(parse_cpu_ticks(read_bytes(f"{proc}/stat")))
+    cores = {core: ticks for core, ticks in rates.items() if ticks and sum(ticks)}
+    total = [sum(column) for column in zip(*cores.values())] or [0] * CPU_COLUMNS
+    rows = [{"core": core, "percent": busy_percent(ticks)} for core, ticks in cores.items()]
+    return {
+        "cpu_percent": busy_percent(total),
+        "cpu_cores": rows or None,
+        "cpu_iowait_percent": percent(total[CPU_IOWAIT], sum(total)),
+        "cpu_steal_percent": percent(total[CPU_STEAL], sum(total)),
+    }
 
 
 def read_memory(proc: str) -> dict[str, Any]:
@@ -2169,7 +2046,9 @@ def read_memory(proc: str) -> dict[str, Any]:
     total = sizes[b"MemTotal"]
     used = max(0, total - sizes[b"MemAvailable"])
     found = {
-        "ram_used_percent": percent(used, total), "ram_used_bytes": used, "ram_total_bytes": total,
+        "ram_used_percent": percent(used, total),
+        "ram_used_bytes": used,
+        "ram_total_bytes": total,
     }
     if b"SwapTotal" in sizes:  # a kernel without swap has no such line
         found["swap_total_bytes"] = sizes[b"SwapTotal"]
@@ -2177,7 +2056,7 @@ def read_memory(proc: str) -> dict[str, Any]:
     return found
 
 
-# In an LXC container these two files show the container. The system calls show the host.
+# In an LXC container these two files show the container, the system calls the host.
 def read_load(proc: str) -> dict[str, Any]:
     return {"load_avg": [float(load) for load in read_bytes(f"{proc}/loadavg").split()[:3]]}
 
@@ -2195,37 +2074,29 @@ def read_oom_kills(proc: str) -> dict[str, Any]:
     return {"oom_kills": int(found[1])} if found else {}
 
 
-class PressureReader:
-    """Reads the share of time in which some task waited (Documentation/accounting/psi.rst)."""
-
-    def __init__(self, proc: str, clock: Callable[[], float]) -> None:
-        self._folder = f"{proc}/pressure"
-        self._meter = Meter(clock)
-
-    def read(self) -> dict[str, Any]:
-        waited_us = {
-            name: [int(total) for total in re.findall(rb"^some .*total=(\d+)", text)]
-            for name in ("cpu", "memory", "io")
-            if (text := read_feature(f"{self._folder}/{name}"))
-        }
-        rates = self._meter.rates(waited_us)
-        shares = {name: percent(rate[0], 1e6) for name, rate in rates.items() if rate}
-        return {"pressure": shares or None} if waited_us else {}
+def read_pressure(proc: str, meter: Meter) -> dict[str, Any]:
+    """Read the share of time in which some task waited (accounting/psi.rst)."""
+    waited_us = {
+        name: [int(total) for total in re.findall(rb"^some .*total=(\d+)", text)]
+        for name in ("cpu", "memory", "io")
+        if (text := read_feature(f"{proc}/pressure/{name}"))
+    }
+    rates = meter.rates(waited_us)
+    shares = {name: percent(rate[0], 1e6) for name, rate in rates.items() if rate}
+    return {"pressure": shares or None} if waited_us else {}
 
 
 # --- disks and networks ------------------------------------------------------------------
 
-DISKS_LIMIT = 16  # rows of system.disks, the fullest first: a post stays under 2 KB
+DISKS_LIMIT = 16  # the fullest ones: a post stays under 2 KB
 
-# File systems whose server may hang. The kernel does not tell which have one. Those of FUSE
-# are known by their names, which begin with fuse.
+# File systems whose server may hang, besides those whose names begin with fuse.
 NETWORK_FSTYPES = frozenset(
     "nfs nfs4 cifs smb3 smbfs ceph 9p afs ncpfs coda lustre gfs2 ocfs2 beegfs virtiofs".split()
 )
 UNWATCHED_PATHS = re.compile(r"/(boot|efi)(/|$)|(?s:.*)//deleted$")
-LOOP_MAJOR = "7:"  # Documentation/admin-guide/devices.txt
-# Options of a file system that cannot be written: emergency_ro is ext4's after an error (Linux
-# 6.15). The flags of a mount do not tell: ProtectSystem= makes them read-only for a service.
+# emergency_ro is ext4's after an error (Linux 6.15). The flags of a mount do not tell: for a
+# service, ProtectSystem= makes mounts read-only.
 READ_ONLY = {"ro", "emergency_ro"}
 
 
@@ -2243,46 +2114,39 @@ class Mount(NamedTuple):
 
     @property
     def is_remote(self) -> bool:
-        """Tell whether a server or a process answers for it: it hangs while they do not."""
+        """Tell whether it hangs while a server or a process does not answer."""
         return self.fstype in NETWORK_FSTYPES or self.fstype.startswith("fuse")
 
     @property
     def bars_way(self) -> bool:
-        """Tell whether nothing below it is read: it may hang, or is an automount that expires.
-
-        A remote "/" does not count, because every path begins there.
-        """
-        is_automount = self.fstype == "autofs" and "timeout=0" not in self.options
-        return is_automount or (self.is_remote and self.path != "/")
+        """Tell whether nothing below it is read. A remote "/" bars nothing: all is below it."""
+        may_expire = self.fstype == "autofs" and "timeout=0" not in self.options
+        return may_expire or (self.is_remote and self.path != "/")
 
     @property
     def is_local_disk(self) -> bool:
         is_on_disk = not self.device.startswith("0:") or self.fstype in ("btrfs", "zfs")
-        # btrfs on a loop device has a device number of its own
-        is_loop = self.device.startswith(LOOP_MAJOR) or self.source.startswith("/dev/loop")
+        is_loop = self.source.startswith("/dev/loop")  # the number of btrfs does not tell
         is_unwatched = self.is_remote or is_loop or UNWATCHED_PATHS.match(self.path)
         return (is_on_disk or self.path == "/") and not is_unwatched
 
 
 def parse_mountinfo(data: bytes) -> list[Mount]:
-    """Parse /proc/self/mountinfo, in the order of mounting.
-
-    A line ends with \\n and a field with a blank. Every other character may be part of a path.
-    """
+    """Parse /proc/self/mountinfo, in the order of mounting."""
     mounts = []
-    for line in os.fsdecode(data).split("\n"):
+    for line in filter(None, os.fsdecode(data).split("\n")):  # other breaks are part of a path
         fields, _, tail = line.partition(" - ")
-        first, last = fields.split(" "), tail.split(" ")
-        if len(first) >= 6 and len(last) >= 3:
-            # mangle_path() in fs/seq_file.c
-            path = re.sub(r"\\([0-7]{3})", lambda octal: chr(int(octal[1], 8)), first[4])
-            mounts.append(Mount(int(first[0]), int(first[1]), first[2], first[3], path,
-                                last[0], last[1], tuple(last[2].split(","))))
+        number, parent, device, root, path, *_ = fields.split(" ")
+        fstype, source, options, *_ = tail.split(" ")
+        # mangle_path() in fs/seq_file.c
+        path = re.sub(r"\\([0-7]{3})", lambda octal: chr(int(octal[1], 8)), path)
+        mounts.append(Mount(int(number), int(parent), device, root, path,
+                            fstype, source, tuple(options.split(","))))
     return mounts
 
 
 class MountTable:
-    """The mounts of this process: which are local disks, and on which one a path is."""
+    """The mounts of this process, each known by the place where it is entered."""
 
     def __init__(self, mounts: Iterable[Mount]) -> None:
         self._mounts = list(mounts)
@@ -2294,7 +2158,7 @@ class MountTable:
         }
 
     def way(self, path: str) -> Iterator[tuple[str, Mount]]:
-        """Yield each directory on the way to an absolute path, with each mount entered there."""
+        """Yield each directory of an absolute path, with each mount entered there."""
         here = Mount(-1, -1, "", "/", "/", "", "", ())
         names = [name for name in path.split("/") if name]
         for count in range(len(names) + 1):
@@ -2304,95 +2168,72 @@ class MountTable:
                 yield place, here
             yield place, here
 
-    def local_disks(self) -> list[list[Mount]]:
-        """Return the mounts of each local disk: first those of all of it, with short paths.
-
-        A mount that is hidden below another one does not count.
-        """
-        found: dict[str, list[Mount]] = {}
-        ranked = sorted(self._mounts, key=lambda m: (m.path != "/", m.root != "/", len(m.path)))
-        for mount in ranked:
-            if mount.is_local_disk:
-                way = [passed for _, passed in self.way(mount.path)]
-                if way[-1] is mount and not any(passed.bars_way for passed in way):
-                    found.setdefault(mount.device, []).append(mount)
+    def local_disks(self) -> list[Mount]:
+        """Return a mount of each local disk, if possible of all of it and with a short path."""
+        found: dict[str, Mount] = {}
+        disks = [mount for mount in self._mounts if mount.is_local_disk]
+        for mount in sorted(disks, key=lambda m: (m.path != "/", m.root != "/", len(m.path))):
+            way = [passed for _, passed in self.way(mount.path)]
+            if way[-1] is mount and not any(passed.bars_way for passed in way):  # it is not hidden
+                found.setdefault(mount.device, mount)
         return list(found.values())
 
-    def find(self, path: str, hops: int = 40) -> Mount:
-        """Return the mount that a path is on; follows links.
+    def find(self, path: str, hops: int = 40) -> tuple[str, Mount]:
+        """Follow the links of a path; return where it leads, and on which mount that is.
 
-        Raises OSError if there is no such path, or before a file system is touched that may hang.
+        Raises OSError before a file system is touched that may hang.
         """
         path = os.path.normpath(path)
         for place, mount in self.way(path):
             if mount.bars_way:
                 break
-            if place != "/" and hops and os.path.islink(place):
+            if hops and os.path.islink(place):
                 target = os.path.join(os.path.dirname(place), os.readlink(place))
                 return self.find(f"{target}{path[len(place):]}", hops - 1)
         if mount.bars_way or mount.is_remote:
             raise OSError(errno.EREMOTE, "network, FUSE and automounted file systems are not read")
-        os.lstat(path)
-        return mount
+        return path, mount
 
 
-@dataclass(frozen=True, slots=True)
-class DiskReader:
-    """Reads how full the file systems are: those of `paths`, or all local ones."""
-
-    proc: str
-    paths: tuple[str, ...] | None
-    missing: Missing
-    worker: Worker
-
-    def read(self) -> dict[str, Any]:
-        # ZFS gives no name of a mount while it receives or rolls back.
-        data = self.worker.call(
-            "the list of mounts", functools.partial(read_bytes, f"{self.proc}/self/mountinfo"))
-        table = MountTable(parse_mountinfo(data))
-        calls: dict[str, Callable[[], dict[str, Any] | None]]
-        if self.paths is None:
-            calls = {f"disk {_printable(mounts[0].path)}": functools.partial(read_disk, mounts)
-                     for mounts in table.local_disks()}
-        else:
-            calls = {f"disk {path} of DISK_PATHS": functools.partial(read_disk_at, path, table)
-                     for path in self.paths}
-        answers = self.worker.run(calls)
-        for name, answer in answers.items():
-            if isinstance(answer, Exception):
-                self.missing(name, getattr(answer, "strerror", None) or _reason(answer))
-            elif answer is None and self.paths is not None:
-                self.missing(name, "it has no size, or is read-only and always full")
-        rows = {row["mount"]: row for row in answers.values() if isinstance(row, dict)}
-        ranked = sorted(rows.values(), key=lambda row: -row["used_percent"])
-        found: dict[str, Any] = {"disks": ranked[:DISKS_LIMIT]} if ranked else {}
-        if len(answers) < len(calls):
-            self.missing("disk_used_percent", "a disk hangs, and may be the fullest")
-        elif ranked:
-            found["disk_used_percent"] = ranked[0]["used_percent"]
-            found["disk_free_bytes"] = ranked[0]["free_bytes"]
-        else:
-            raise ValueError("there is no local file system (DISK_PATHS may name one)")
-        return found
+def read_disks(
+    proc: str, paths: tuple[str, ...] | None, missing: Missing, worker: Worker
+) -> dict[str, Any]:
+    """Read how full the file systems are: those of `paths`, or all local ones."""
+    # ZFS gives no name of a mount while it receives or rolls back.
+    data = worker.call("the list of mounts", lambda: read_bytes(f"{proc}/self/mountinfo"))
+    table = MountTable(parse_mountinfo(data))
+    if paths is None:
+        wanted = {f"disk {_printable(disk.path)}": disk.path for disk in table.local_disks()}
+    else:
+        wanted = {f"disk {path} of DISK_PATHS": path for path in paths}
+    calls = {name: functools.partial(read_disk, table, path) for name, path in wanted.items()}
+    answers = worker.run(calls)
+    for name, answer in answers.items():
+        if isinstance(answer, Exception):
+            missing(name, getattr(answer, "strerror", None) or _reason(answer))
+        elif answer is None and paths is not None:
+            missing(name, "it has no size, or is read-only and always full")
+    rows = {row["mount"]: row for row in answers.values() if isinstance(row, dict)}
+    ranked = sorted(rows.values(), key=lambda row: -row["used_percent"])
+    found: dict[str, Any] = {"disks": ranked[:DISKS_LIMIT]} if ranked else {}
+    if len(answers) < len(calls):
+        missing("disk_used_percent", "a disk hangs, and may be the fullest")
+    elif ranked:
+        found["disk_used_percent"] = ranked[0]["used_percent"]
+        found["disk_free_bytes"] = ranked[0]["free_bytes"]
+    else:
+        raise ValueError("there is no local file system (DISK_PATHS may name one)")
+    return found
 
 
-def read_disk(mounts: Sequence[Mount]) -> dict[str, Any] | None:
-    """Return read_mount() of the first of a disk's mounts that can be read."""
-    for mount in mounts[:-1]:
-        with contextlib.suppress(OSError):  # a folder on the way may be closed to the agent
-            return read_mount(mount)
-    return read_mount(mounts[-1])
-
-
-def read_mount(mount: Mount) -> dict[str, Any] | None:
-    """Return a row of system.disks; None if the file system has no size, or is always full.
-
-    Always full is what is read-only without a free block: squashfs, iso9660, an overlay on them.
-    """
-    fs = os.statvfs(mount.path)
+def read_disk(table: MountTable, path: str) -> dict[str, Any] | None:
+    """Return a row of system.disks; None if the disk has no size, or is always full."""
+    path, mount = table.find(path)
+    fs = os.statvfs(path)
     used = fs.f_blocks - fs.f_bfree
     share = percent(used, used + fs.f_bavail)
-    if share is None or (fs.f_bfree == 0 and "ro" in mount.options):
+    is_image = fs.f_bfree == 0 and "ro" in mount.options  # squashfs, for example
+    if share is None or is_image:
         return None
     row = {
         "mount": _printable(mount.path), "used_percent": share,
@@ -2404,118 +2245,80 @@ def read_mount(mount: Mount) -> dict[str, Any] | None:
     return row
 
 
-def read_disk_at(path: str, table: MountTable) -> dict[str, Any] | None:
-    return read_mount(table.find(path))
-
-
 def parse_diskstats(data: bytes) -> dict[str, tuple[int, int]]:
-    """Return device, as sysfs names it -> (bytes read, bytes written) of /proc/diskstats."""
+    """Return device, as sysfs names it -> (bytes read, bytes written)."""
     rows = (line.split() for line in os.fsdecode(data).splitlines())
     return {name.replace("/", "!"): (512 * int(read), 512 * int(written))
             for _, _, name, _, _, read, _, _, _, written, *_ in rows}
 
 
-# With NVMe multipath, nvme0c1n1 is a hidden path to nvme0n1 (drivers/nvme/host/multipath.c).
-NVME_PATH = re.compile(r"(nvme\d+)c\d+(n\d+)")
+def read_disk_io(proc: str, sys_root: str, meter: Meter) -> dict[str, Any]:
+    """Read the bytes a second of all physical disks together."""
+    counters = parse_diskstats(read_bytes(f"{proc}/diskstats"))
+    block = f"{sys_root}/block"
+    chosen = {}
+    for name in os.listdir(block):  # partitions are not listed
+        # nvme0c1n1 is a hidden path to nvme0n1 (drivers/nvme/host/multipath.c). Linux before
+        # 6.2 counts at the paths alone, later kernels at the disk as well.
+        disk = re.sub(r"^(nvme\d+)c\d+(n\d+)$", r"\1\2", name)
+        is_counted_there = disk != name and any(counters.get(disk, ()))
+        has_hardware = os.path.exists(f"{block}/{name}/device")
+        if name in counters and has_hardware and not is_counted_there:
+            chosen[name] = counters[name]
+    if not chosen:
+        raise ValueError(f"no disk in {block}")
+    read, written = total_rates(meter.rates(chosen))
+    return {"disk_read_bytes_sec": read, "disk_write_bytes_sec": written}
 
 
-class DiskIoReader:
-    """Reads how many bytes a second all physical disks together read and write."""
-
-    def __init__(self, proc: str, sys_root: str, clock: Callable[[], float]) -> None:
-        self._proc = proc
-        self._block = f"{sys_root}/block"
-        self._meter = Meter(clock)
-
-    def read(self) -> dict[str, Any]:
-        counters = parse_diskstats(read_bytes(f"{self._proc}/diskstats"))
-        present = set(os.listdir(self._block))  # without partitions
-        whole = [name for name in counters if name in present and self._is_lowest(name)]
-        paths = [name for name in whole if NVME_PATH.fullmatch(name)]
-        disks = [name for name in whole if name not in paths]
-        physical = [name for name in disks if os.path.exists(f"{self._block}/{name}/device")]
-        # Linux before 6.2 counts at the paths alone, later kernels at the disk as well.
-        uncounted = [path for path in paths
-                     if not any(counters.get(NVME_PATH.sub(r"\1\2", path), ()))]
-        chosen = {name: counters[name] for name in [*(physical or disks), *uncounted]}
-        if not chosen:
-            raise ValueError(f"no disk in {self._block}")
-        read, written = total_rates(self._meter.rates(chosen))
-        return {"disk_read_bytes_sec": read, "disk_write_bytes_sec": written}
-
-    def _is_lowest(self, name: str) -> bool:
-        """Tell whether no other device is below this one: no dm-, md, loop, zram or ram disk."""
-        if name.startswith(("dm-", "md", "loop", "zram", "ram")):
-            return False
-        slaves = f"{self._block}/{name}/slaves"
-        return not os.path.isdir(slaves) or not os.listdir(slaves)
+def read_network(
+    sys_root: str, names: Sequence[str] | None, missing: Missing, meter: Meter
+) -> dict[str, Any]:
+    """Read the traffic of the interfaces: `names`, or those of choose_interfaces()."""
+    counters = psutil.net_io_counters(pernic=True, nowrap=False)
+    if names is None:
+        names = choose_interfaces(f"{sys_root}/class/net", counters)
+    for name in names:
+        if name not in counters:
+            missing(f"interface {name} of NET_INTERFACES", "there is none")
+    chosen = {name: counters[name] for name in names if name in counters}
+    if not chosen:
+        raise ValueError("no interface but lo, or none of NET_INTERFACES")
+    traffic = {name: (its.bytes_recv, its.bytes_sent) for name, its in chosen.items()}
+    received, sent = total_rates(meter.rates(traffic))
+    return {
+        "net_rx_bytes_sec": received,
+        "net_tx_bytes_sec": sent,
+        "net_rx_errors": sum(its.errin for its in chosen.values()),
+        "net_tx_errors": sum(its.errout for its in chosen.values()),
+    }
 
 
-class NetworkReader:
-    """Reads the traffic of the interfaces: of `names`, or those of choose_interfaces()."""
-
-    def __init__(
-        self, sys_root: str, names: tuple[str, ...] | None, clock: Callable[[], float],
-        missing: Missing,
-    ) -> None:
-        self._base = f"{sys_root}/class/net"
-        self._names = names
-        self._meter = Meter(clock)
-        self._missing = missing
-
-    def read(self) -> dict[str, Any]:
-        counters = psutil.net_io_counters(pernic=True, nowrap=False)
-        names = choose_interfaces(self._base, counters) if self._names is None else self._names
-        for name in names:
-            if name not in counters:
-                self._missing(f"interface {name} of NET_INTERFACES", "there is none")
-        chosen = {name: counters[name] for name in names if name in counters}
-        if not chosen:
-            raise ValueError("no interface but lo, or none of NET_INTERFACES")
-        received, sent = total_rates(self._meter.rates(
-            {name: (its.bytes_recv, its.bytes_sent) for name, its in chosen.items()}
-        ))
-        return {
-            "net_rx_bytes_sec": received,
-            "net_tx_bytes_sec": sent,
-            "net_rx_errors": sum(its.errin for its in chosen.values()),
-            "net_tx_errors": sum(its.errout for its in chosen.values()),
-        }
+# linux/if_arp.h: TUNNEL, TUNNEL6, SIT, IPGRE, IP6GRE, and NONE of tun and WireGuard.
+TUNNEL = re.compile(rb"^((768|769|776|778|823|65534)|DEVTYPE=(vxlan|geneve))$", re.MULTILINE)
 
 
-def choose_interfaces(base: str, present: Iterable[str]) -> list[str]:
-    """Return the interfaces to add up, so that no traffic is counted twice.
-
-    base: /sys/class/net.
-    """
+def choose_interfaces(base: str, present: Iterable[str]) -> Sequence[str]:
+    """Return the interfaces to add up, so that no traffic is counted twice."""
     def has(name: str, file: str) -> bool:
-        return os.path.exists(f"{base}/{name}/{file}")
+        return bool(glob.glob(file, root_dir=f"{base}/{name}"))
 
-    # Traffic of a DSA switch's port goes through another interface. A master with hardware
-    # behind it, a paravirtual interface (Azure, Hyper-V), counts for its ports.
+    def kind(name: str) -> bytes:
+        return read_feature(f"{base}/{name}/type") + read_feature(f"{base}/{name}/uevent")
+
+    # The port of a DSA switch sends through another interface. A master with hardware behind
+    # it, a paravirtual interface (Azure, Hyper-V), counts for its ports.
     hardware = [name for name in present if has(name, "device") and not has(name, "master/device")
-                and b"DEVTYPE=dsa\n" not in read_feature(f"{base}/{name}/uevent")]
+                and b"DEVTYPE=dsa\n" not in kind(name)]
     if hardware:
         return hardware
     others = [name for name in present if name != "lo"]
     # A tunnel counts if it is the only way out of a container.
-    lower = [name for name in others if not _is_upper(f"{base}/{name}")] or others
-    # Traffic of a bridge's port, to a container for example, came in by another interface. If
-    # all are in bridges, the kernel does not tell which one leads out.
+    lower = [name for name in others
+             if not has(name, "lower_*") and not TUNNEL.search(kind(name))] or others
+    # Traffic of a bridge's port, to a container, say, came in by another interface. If all
+    # are in bridges, the kernel does not tell which one leads out.
     return [name for name in lower if not has(name, "master")] or lower
-
-
-# linux/if_arp.h: TUNNEL, TUNNEL6, SIT, IPGRE, IP6GRE, and NONE of tun and WireGuard.
-UPPER = re.compile(rb"^((768|769|776|778|823|65534)|DEVTYPE=(vxlan|geneve))$", re.MULTILINE)
-
-
-def _is_upper(folder: str) -> bool:
-    """Tell whether the traffic of an interface goes through another one, which counts it."""
-    with contextlib.suppress(OSError):  # it is gone, or there is no sysfs
-        return any(name.startswith("lower_") for name in os.listdir(folder)) or bool(
-            UPPER.search(read_bytes(f"{folder}/type") + read_bytes(f"{folder}/uevent"))
-        )
-    return False
 
 
 # --- processes ---------------------------------------------------------------------------
@@ -2533,18 +2336,15 @@ class ProcessStat(NamedTuple):
     start_ticks: int  # since boot; a process is identified by its pid and this
 
     @property
-    def is_dead(self) -> bool:
-        """Tell whether it has ended. Other threads may go on when the main one has ended."""
+    def is_dead(self) -> bool:  # other threads may go on when the main one has ended
         return self.state in "ZXx" and self.threads <= 1
 
 
 def parse_stat(data: bytes) -> ProcessStat:
-    """Parse /proc/PID/stat; comm may hold blanks and parentheses. ValueError if it is cut off."""
+    """Parse /proc/PID/stat; comm may hold blanks and parentheses."""
     head, _, rest = data.rpartition(b") ")
     pid, _, comm = head.partition(b" (")
     fields = rest.split(None, 20)
-    if len(fields) < 20:
-        raise ValueError("/proc/PID/stat is cut off")
     return ProcessStat(
         int(pid), comm.decode("utf-8", "replace"), fields[0].decode("ascii", "replace"),
         int(fields[1]), int(fields[11]) + int(fields[12]), int(fields[17]), int(fields[19]),
@@ -2561,182 +2361,153 @@ def parse_statm(statm: bytes) -> tuple[int, int]:
     return max(0, resident - shared), shared
 
 
-# What reading a process raises if it has ended meanwhile.
-ENDED = (FileNotFoundError, ProcessLookupError, ValueError)
+ENDED = (FileNotFoundError, ProcessLookupError, ValueError)  # while it was read
 CMDLINE_LIMIT_BYTES = 4096
-COMMON_LIBRARIES_KIB = 6 * 1024  # libc, OpenSSL and others, which other programs map too
-
-# A process that belongs to no service is read in its first LOOK_AGAIN samples, then in one of
-# LOOK_AGAIN: it may still set its title, or become another program by exec(). One that is older
-# than OLD_PROCESS_S when the agent first sees it counts as read so often.
-LOOK_AGAIN = 8
-OLD_PROCESS_S = 120
+COMMON_LIBRARIES_KIB = 6 * 1024  # libc and others, which other programs map
+LOOK_AGAIN = 8  # what cannot belong to a service is read in one sample of so many,
+OLD_PROCESS_S = 120  # and in each while it is younger: it may still call exec()
 
 
 @dataclass(slots=True)
 class Known:
     """What is known of a process."""
 
-    process: ProcessStat
-    inode: int  # of /proc/PID, which changes when another process gets the pid
-    since: int  # number of the sample in which it was first seen
+    stat: ProcessStat
     cgroup: str  # the text of /proc/PID/cgroup
-    candidates: tuple[str, ...]  # the services that it may belong to, by comm and unit
-    identity: Identity
-    is_none: bool  # it is known to belong to no service
+    candidates: tuple[str, ...]  # the services that it may belong to
+    service: str  # "" for none
+    proof: str = ""  # as in Identity
     cmdline: bytes | None = None  # None: not needed, or it could not be read yet
 
 
+@dataclass
 class ProcessTable:
-    """Finds the mail services in /proc and measures them.
+    """Finds the mail services in /proc and measures them."""
 
-    worker: reads command lines; watched: (service, comm) of each entry of WATCH_PROCESSES.
-    """
+    proc: str
+    clock: Callable[[], float]
+    missing: Missing
+    worker: Worker  # reads command lines
+    cgroup_root: str = "/sys/fs/cgroup"
+    watched: Iterable[tuple[str, str]] = ()  # (service, comm): WATCH_PROCESSES
 
-    def __init__(
-        self, proc: str, clock: Callable[[], float], missing: Missing, worker: Worker, *,
-        cgroup_root: str = "/sys/fs/cgroup", watched: Iterable[tuple[str, str]] = (),
-    ) -> None:
-        self._proc = proc
-        self._clock = clock
-        self._missing = missing
-        self._worker = worker
-        self._cgroup_root = cgroup_root
-        self._watched = {comm: service for service, comm in watched}
-        self._meter = Meter(clock)
+    def __post_init__(self) -> None:
+        self._watched = {comm: service for service, comm in self.watched}
+        self._meter = Meter(self.clock)
         self._known: dict[int, Known] = {}  # by pid
-        self._node_processes = 0  # how many share Node's program
         self._round = 0
-        self._read_at = clock()
+        self._read_at = self.clock()
 
     def read(self) -> dict[str, dict[str, Any]]:
         """Return service -> {status, pid, memory_mb (MiB), cpu_percent (of one core), ...}.
 
         Raises PermissionError if /proc shows our own processes only (hidepid).
         """
-        if not os.path.exists(f"{self._proc}/1/stat"):
-            raise PermissionError(
-                errno.EACCES, "other users' processes are hidden (hidepid on /proc)"
-            )
+        if not os.path.exists(f"{self.proc}/1/stat"):
+            raise PermissionError("other users' processes are hidden (hidepid on /proc)")
         looked = self._look()
+        self._identify(looked)
+        self._known |= {known.stat.pid: known for known in looked}
         members = self._members(looked)
-        found = [known.process for its in members.values() for known in its]
+        found = [known.stat for its in members.values() for known in its]
         rates = self._meter.rates({(p.pid, p.start_ticks): (p.cpu_ticks,) for p in found})
-        self._read_at, seconds = self._clock(), self._clock() - self._read_at
-        unclear = {service for known in looked if known.cmdline is None
-                   and not known.identity.service for service in known.candidates}
-        rows = {}
-        for service, its in members.items():
-            row = self._describe(its, seconds, rates)
-            if service in unclear and row["status"] != "running":
-                self._missing(service, "the command line of what may be its process hangs")
-            else:
-                rows[service] = row
+        self._read_at, seconds = self.clock(), self.clock() - self._read_at
+        unclear = {service for known in looked if known.cmdline is None and not known.service
+                   for service in known.candidates}
+        rows = {s: self._describe(its, seconds, rates) for s, its in members.items()}
+        for service in unclear:
+            if rows[service]["status"] != "running":
+                del rows[service]
+                self.missing(service, "the command line of what may be its process hangs")
         return rows
 
     # - which processes there are
 
     def _look(self) -> list[Known]:
-        """Read the processes that are new, belong to a service, or are due to be read again."""
+        """Read the processes that are due, but not their command lines."""
         self._round += 1
         before, self._known = self._known, {}
         looked = []
-        for pid, inode in self._list():
+        for pid in map(int, filter(str.isdigit, os.listdir(self.proc))):
             known = before.get(pid)
-            if (known and known.inode == inode and known.is_none
-                    and self._round - known.since >= LOOK_AGAIN
-                    and (self._round + pid) % LOOK_AGAIN):
-                self._known[pid] = known  # it is not read in this sample
+            if (known and (self._round + pid) % LOOK_AGAIN and not known.candidates
+                    and not known.service and age_s(known.stat) > OLD_PROCESS_S):
+                self._known[pid] = known
                 continue
             with contextlib.suppress(*ENDED):
-                looked.append(self._look_at(pid, inode, known))
-        looked = self._identify(looked)
-        self._known |= {known.process.pid: known for known in looked}
+                looked.append(self._look_at(pid, known))
         return looked
 
-    def _list(self) -> list[tuple[int, int]]:
-        """Return (pid, inode of /proc/PID) of all processes; nothing of them is read."""
-        with os.scandir(self._proc) as entries:
-            return [(int(e.name), e.inode()) for e in entries if e.name.isdigit()]
-
-    def _look_at(self, pid: int, inode: int, known: Known | None) -> Known:
-        """Read all but the command line, which may hang."""
-        process = parse_stat(read_bytes(f"{self._proc}/{pid}/stat"))
-        if (known and known.process.comm == process.comm
-                and known.process.start_ticks == process.start_ticks):
-            known.process, known.inode = process, inode
+    def _look_at(self, pid: int, known: Known | None) -> Known:
+        stat = parse_stat(read_bytes(f"{self.proc}/{pid}/stat"))
+        if (known and known.stat.comm == stat.comm
+                and known.stat.start_ticks == stat.start_ticks):
+            known.stat = stat
             return known
-        since = self._round - (LOOK_AGAIN if age_s(process) > OLD_PROCESS_S else 0)
-        cgroup = sys.intern(os.fsdecode(read_bytes(f"{self._proc}/{pid}/cgroup")))
-        candidates = candidates_of(process.comm, cgroup)
-        identity = NOBODY if candidates else Identity(self._watched.get(process.comm))
-        is_none = not candidates and not identity.service
-        return Known(process, inode, since, cgroup, candidates, identity, is_none)
+        cgroup = sys.intern(os.fsdecode(read_bytes(f"{self.proc}/{pid}/cgroup")))
+        candidates = candidates_of(stat.comm, cgroup)
+        service = "" if candidates else self._watched.get(stat.comm, "")
+        return Known(stat, cgroup, candidates, service)
 
-    def _identify(self, looked: list[Known]) -> list[Known]:
-        """Read the command lines that are needed; return the processes that have not ended."""
-        asked = {f"the command line of process {k.process.pid} ({_printable(k.process.comm)})": k
+    def _identify(self, looked: list[Known]) -> None:
+        """Read the command lines that are needed; drop what has ended."""
+        asked = {f"the command line of process {k.stat.pid} ({_printable(k.stat.comm)})": k
                  for k in looked if k.candidates}
-        cmdlines = self._worker.run({
-            name: functools.partial(read_bytes, self._file(k, "cmdline"), CMDLINE_LIMIT_BYTES)
-            for name, k in asked.items()
+        cmdlines = self.worker.run({
+            name: functools.partial(
+                read_bytes, f"{self.proc}/{known.stat.pid}/cmdline", CMDLINE_LIMIT_BYTES)
+            for name, known in asked.items()
         })
-        present = [known for known in looked if not known.candidates]
         for name, known in asked.items():
             cmdline = cmdlines.get(name)  # None: it hangs
             if isinstance(cmdline, ENDED):
-                continue
-            if isinstance(cmdline, Exception):
+                looked.remove(known)
+            elif isinstance(cmdline, Exception):
                 raise cmdline
             # That of a dead process is empty: what is known of it remains.
-            if known.cmdline is None or (cmdline and cmdline != known.cmdline):
-                comm, known.cmdline = known.process.comm, cmdline
-                known.identity = identify(comm, cmdline or b"", known.cgroup)
-                if cmdline is not None and not known.identity.service:
-                    known.identity = Identity(self._watched.get(comm))
-                known.is_none = cmdline is not None and not known.identity.service
-            present.append(known)
-        return present
+            elif known.cmdline is None or (cmdline and cmdline != known.cmdline):
+                known.cmdline, comm = cmdline, known.stat.comm
+                known.service, known.proof = identify(comm, cmdline or b"", known.cgroup)
+                if cmdline is not None and not known.service:
+                    known.service = self._watched.get(comm, "")
 
     def _members(self, looked: Iterable[Known]) -> dict[str, list[Known]]:
         """Return service -> its processes.
 
-        Beside a process that is known by its own name, others in the same cgroup that are known
-        by their unit alone are helpers and do not count.
+        Beside one that is known by its own name, those in its cgroup that are known by their
+        unit alone are helpers and do not count.
         """
-        ours = [(known.identity.service, known) for known in looked if known.identity.service]
-        named = {(service, known.cgroup) for service, known in ours
-                 if known.identity.proof == "name" and not known.process.is_dead}
-        node_cgroups = {known.cgroup for service, known in ours if service in NODE_SERVICES}
-        self._node_processes = sum(
-            known.identity.service in NODE_SERVICES or bool(NODE_COMM.match(known.process.comm))
-            for known in self._known.values() if known.cgroup in node_cgroups
+        ours = [known for known in looked if known.service]
+        named = {(known.service, known.cgroup) for known in ours
+                 if known.proof == "name" and not known.stat.is_dead}
+        node_cgroups = {known.cgroup for known in ours if known.service in NODE_SERVICES}
+        self._node_processes = sum(  # that share Node's program
+            known.service in NODE_SERVICES or bool(NODE_COMM.match(known.stat.comm))
+            for known in looked if known.cgroup in node_cgroups
         )
         members: dict[str, list[Known]] = {s: [] for s in (*SERVICES, *self._watched.values())}
-        for service, known in ours:
-            if known.identity.proof != "unit" or (service, known.cgroup) not in named:
-                members[service].append(known)
+        for known in ours:
+            if known.proof != "unit" or (known.service, known.cgroup) not in named:
+                members[known.service].append(known)
         return members
 
     # - what they use
 
     def _describe(self, its: list[Known], seconds: float, rates: Rates) -> dict[str, Any]:
-        found = [known.process for known in its]
-        if not found:
+        if not its:
             return {"status": "not_found", "pid": None, "memory_mb": 0, "cpu_percent": 0}
+        found = [known.stat for known in its]
         pids = {process.pid for process in found}
-        alive = [p for p in found if not p.is_dead] or found
-        main = min(alive, key=lambda p: (p.ppid in pids, p.start_ticks, p.pid))
+        main = min(found, key=lambda p: (p.is_dead, p.ppid in pids, p.start_ticks, p.pid))
         used = 0.0
         for process in found:
             key = process.pid, process.start_ticks
             if rate := rates.get(key):
                 used += rate[0]
             elif key not in rates and age_s(process) < seconds:
-                used += process.cpu_ticks / seconds  # it has started since the last reading
-        is_stopped = main.is_dead or main.state in "Tt"
+                used += process.cpu_ticks / seconds  # started since the last reading
         return {
-            "status": "stopped" if is_stopped else "running",
+            "status": "stopped" if main.is_dead or main.state in "Tt" else "running",
             "pid": main.pid,
             "memory_mb": round(self._memory_kib(its) / 1024, 1),
             "cpu_percent": round(100 * used / CLOCK_TICKS, 1),
@@ -2746,69 +2517,49 @@ class ProcessTable:
     def _memory_kib(self, its: list[Known]) -> int:
         """Return the memory of a service; pages that its processes share count once.
 
-        This is near the sum of PSS, which needs privileges: what the service's own cgroups
-        account for, or else an estimate from what the processes hold.
+        This is near the sum of PSS, which needs privileges: what its own cgroups account for,
+        or else an estimate from what the processes hold.
         """
-        held: dict[int, tuple[int, int]] = {}  # pid -> anonymous KiB, KiB of files and shared
-        for known in its:
+        held: dict[int, tuple[int, int]] = {}  # pid -> anonymous and other KiB
+        for pid in (known.stat.pid for known in its):
             with contextlib.suppress(*ENDED):
-                held[known.process.pid] = parse_statm(read_bytes(self._file(known, "statm")))
+                held[pid] = parse_statm(read_bytes(f"{self.proc}/{pid}/statm"))
         largest_anon = max((anon for anon, _ in held.values()), default=0)
         largest_shared = max((shared for _, shared in held.values()), default=0)
         program = max(0, largest_shared - COMMON_LIBRARIES_KIB)
-        is_node = its[0].identity.service in NODE_SERVICES
+        is_node = its[0].service in NODE_SERVICES
         if is_node:  # services that run on Node share its program
             program = program * len(its) // self._node_processes
-        account = self._cgroups_kib({known.cgroup for known in its}, held.keys())
-        # A process that was moved into its cgroup left its pages with the one before.
-        if account and account[0] >= 0.9 * largest_anon:
-            anon, mapped = account
-            # The program is often accounted for elsewhere: where it was read first.
-            return anon + max(program, mapped)
+        with contextlib.suppress(OSError, ValueError, LookupError):
+            cgroups = {known.cgroup for known in its}
+            accounts = [cgroup_kib(cgroup, self.cgroup_root, held.keys()) for cgroup in cgroups]
+            anon = sum(anon for anon, _ in accounts)
+            # A process that was moved into its cgroup left its pages with the one before.
+            if anon >= 0.9 * largest_anon:
+                # The program is often accounted for elsewhere: where it was read first.
+                return anon + max(program, sum(mapped for _, mapped in accounts))
         # A child that a native server forks shares its parent's pages. Node starts programs.
-        parents = {k.process.pid: k.process.ppid for k in its if not is_node}
+        parents = {k.stat.pid: k.stat.ppid for k in its if not is_node}
         common = {pid: held[ppid][0] for pid, ppid in parents.items() if ppid in held}
         return program + sum(max(0, kib - common.get(pid, 0)) for pid, (kib, _) in held.items())
 
-    def _file(self, known: Known, name: str) -> str:
-        """Return the path of a file of /proc/PID; of another thread if the main one ended."""
-        folder = f"{self._proc}/{known.process.pid}"
-        if known.process.state == "Z" and not known.process.is_dead:
-            with contextlib.suppress(OSError):
-                folder += f"/task/{max(os.listdir(f'{folder}/task'), key=int)}"
-        return f"{folder}/{name}"
 
-    def _cgroups_kib(self, cgroups: Iterable[str], pids: Set[int]) -> tuple[int, int] | None:
-        """Return (anonymous, mapped) KiB of cgroups; None if they hold others than these pids."""
-        anon_bytes = mapped_bytes = 0
-        try:
-            for cgroup in cgroups:
-                folder, anon, mapped = memory_cgroup(cgroup, self._cgroup_root)
-                with os.scandir(folder) as entries:
-                    if any(entry.is_dir() for entry in entries):
-                        return None  # cgroups below this one, as the root has
-                inside = set(map(int, read_bytes(f"{folder}/cgroup.procs").split()))
-                if not inside or not inside <= pids:
-                    return None
-                rows = read_bytes(f"{folder}/memory.stat").splitlines()
-                stat = dict(row.split() for row in rows)
-                anon_bytes += int(stat[anon])
-                mapped_bytes += int(stat[mapped])
-        except (OSError, ValueError, LookupError):
-            return None
-        return anon_bytes // 1024, mapped_bytes // 1024
+def cgroup_kib(cgroup: str, root: str, pids: Set[int]) -> tuple[int, int]:
+    """Return (anonymous, mapped) KiB of a memory cgroup, without the page cache.
 
-
-def memory_cgroup(cgroup: str, root: str) -> tuple[str, bytes, bytes]:
-    """Return the folder of a process' memory cgroup, and two names in its memory.stat.
-
-    They are those of its anonymous and of its mapped memory. The page cache belongs to the
-    machine. cgroup: the text of /proc/PID/cgroup (cgroups(7)). Raises LookupError without one.
+    cgroup: the text of /proc/PID/cgroup (cgroups(7)). LookupError if it holds others, too.
     """
     paths = dict(re.findall(r"^\d+:(.*?):(.*)$", cgroup, re.MULTILINE))
     if "memory" in paths:  # v1, or v1 and v2 side by side
-        return f"{root}/memory{paths['memory']}", b"total_rss", b"total_mapped_file"
-    return f"{root}{paths['']}", b"anon", b"file_mapped"
+        folder = f"{root}/memory{paths['memory']}"
+        anon, mapped = b"total_rss", b"total_mapped_file"
+    else:
+        folder, anon, mapped = f"{root}{paths['']}", b"anon", b"file_mapped"
+    inside = set(map(int, read_bytes(f"{folder}/cgroup.procs").split()))
+    if not inside or not inside <= pids:
+        raise LookupError
+    sizes = dict(row.split() for row in read_bytes(f"{folder}/memory.stat").splitlines())
+    return int(sizes[anon]) // 1024, int(sizes[mapped]) // 1024
 
 
 # --- services ----------------------------------------------------------------------------
@@ -2820,33 +2571,24 @@ SERVICES = {
 }
 NODE_SERVICES = ("zonemta", "wildduck", "haraka")  # they run on Node
 
+# The service of a process, and what tells it: "name": its title, program or script; "child": a
+# script that only the service's main process starts; "unit": its systemd unit alone.
+Identity = tuple[str, str]
+NOBODY = ("", "")
 
-class Identity(NamedTuple):
-    """The service that a process belongs to, None for none, and what tells so."""
-
-    service: str | None
-    # "name": its title, program or script; "child": a script that only the service's main
-    # process starts; "unit": its systemd unit alone
-    proof: str = "name"
-
-
-NOBODY = Identity(None)
-
-# Native servers keep the name of their program: comm -> service.
-SERVICE_COMMS = {
-    "rspamd": "rspamd",
-    "redis-server": "redis",
-    "valkey-server": "redis",
-    "mongod": "mongodb",
-}
-RENAMED_REDIS = re.compile(r"(redis|valkey)-server[-.\d]+")  # with a version, cut to 15 bytes
-# Arguments or titles of what is no server, whatever its comm. Sentinel is redis' own program.
+# Native servers keep the name of their program. Pattern of the comm -> service.
+SERVICE_COMMS = (
+    (re.compile(r"rspamd"), "rspamd"),
+    (re.compile(r"(redis|valkey)-server[-.\d]*"), "redis"),  # with a version, too
+    (re.compile(r"mongod"), "mongodb"),
+)
+# Arguments or titles of what is no server. Sentinel is redis' own program.
 NOT_THE_SERVER = re.compile(
     r".*\[sentinel\].*|--sentinel|--test-memory|--check-system|--config-test|-t|--shutdown"
 )
 
-# Services on Node set a title. It replaces the command line, is cut to the room of the original
-# arguments, and its first 15 bytes are the comm (uv_set_process_title). Pattern -> service.
+# Services on Node set a title. It replaces the command line, cut to the room of that, and its
+# first 15 bytes are the comm (uv_set_process_title). Pattern -> service.
 SERVICE_TITLES = (
     (re.compile(r"wilddu(c|ck|ck [mw]\w{0,5})?"), "wildduck"),
     (re.compile(r"zone-m(t|ta|ta: .*)?"), "zonemta"),
@@ -2854,23 +2596,20 @@ SERVICE_TITLES = (
 )
 # Without a title of theirs, the path of the script tells.
 SERVICE_SCRIPTS = (
-    (re.compile(r"(.*/)?wildduck(/(server|worker)(\.js)?)?"), Identity("wildduck")),
-    (re.compile(r"(.*/)?zone-?mta(/(app|index)(\.js)?)?"), Identity("zonemta")),
-    (re.compile(r"(.*/)?zone-?mta/services/(receiver|sender)\.js"), Identity("zonemta", "child")),
-    (re.compile(r"(.*/)?(\.?bin/haraka|haraka\.js|[Hh]araka/haraka|Haraka)"), Identity("haraka")),
+    (re.compile(r"(.*/)?wildduck(/(server|worker)(\.js)?)?"), ("wildduck", "name")),
+    (re.compile(r"(.*/)?zone-?mta(/(app|index)(\.js)?)?"), ("zonemta", "name")),
+    (re.compile(r"(.*/)?zone-?mta/services/(receiver|sender)\.js"), ("zonemta", "child")),
+    (re.compile(r"(.*/)?(\.?bin/haraka|haraka\.js|[Hh]araka/haraka|Haraka)"), ("haraka", "name")),
 )
-# Else the systemd unit tells, if the title may be one that the administrator chose (it is padded
-# with NULs or ends with a colon), or if the name of the script is a common one.
-SERVICE_UNITS = {"wildduck": "wildduck", "zone-mta": "zonemta", "zonemta": "zonemta",
-                 "haraka": "haraka"}
-UNIT = re.compile(r"/([^/@\n]+)(@[^/\n]*)?\.service(?=/|$)", re.MULTILINE)
+# Else the systemd unit tells, if the administrator may have chosen the title (it is padded with
+# NULs or has a colon), or if the name of the script is a common one.
+SERVICE_UNIT = re.compile(r"(?mi)/(wildduck|zone-?mta|haraka)(?:@[^/\n]*)?\.service(?=/|$)")
 OWN_TITLE = re.compile(r"[^:]+:( .*)?")
 UNIT_SCRIPT = re.compile(r"(?!.*node_modules/)(.*/)?(server|worker|index|app|haraka)(\.js)?|\.")
 
 # Titles of tools that run on Node, and start or watch other processes.
 NODE_TOOLS = r"(npm|npx|pnpm|yarn|corepack|PM2|pm2|nodemon|forever|concurrently|cross-env|dotenv)\b"
-# Titles that no service has. systemd names its own child (node) before it starts node, and
-# (sd-pam) beside it.
+# Titles that no service has. (node) is systemd's child before it starts node.
 NOT_A_TITLE = re.compile(rf"\(.*|{NODE_TOOLS}.*")
 NODE_COMM = re.compile(rf"(node(js)?|(node-)?MainThread)$|node |{NODE_TOOLS}")
 NODE_OPTIONS_WITH_VALUE = frozenset(
@@ -2889,61 +2628,51 @@ NOT_SERVING = frozenset(
 
 
 def classify(comm: str, cmdline: bytes, *, cgroup: str = "", state: str = "S") -> str | None:
-    """Return the service that a process belongs to, None for none.
-
-    cmdline: the bytes of /proc/PID/cmdline, which a zombie does not have. cgroup: the text of
-    /proc/PID/cgroup. Every user can read all of these.
-    """
-    return identify(comm, b"" if state == "Z" else cmdline, cgroup).service
+    """Return the service that a process belongs to, None for none."""
+    service, _ = identify(comm, b"" if state == "Z" else cmdline, cgroup)
+    return service or None
 
 
 def identify(comm: str, cmdline: bytes, cgroup: str = "") -> Identity:
-    """Return the service that a process belongs to; by comm alone if cmdline is empty."""
+    """Return the service of a process; by comm alone if cmdline is empty."""
     raw = cmdline.decode("utf-8", "replace")
-    args = raw.rstrip("\0").split("\0")
-    if args == [""]:
-        args = [comm]
-    if service := native_service(comm):
+    args = (raw.rstrip("\0") or comm).split("\0")
+    if service := first_match(SERVICE_COMMS, comm):
         names = [os.path.basename(arg)[:15] for arg in args]
         is_script = names[0] != comm and comm in names[1:]  # args[0] is its interpreter
         is_other = is_script or any(NOT_THE_SERVER.fullmatch(arg) for arg in args)
-        return NOBODY if is_other else Identity(service)
-    unit = next(iter(unit_services(cgroup)), None)
+        return NOBODY if is_other else (service, "name")
+    unit = next(iter(unit_services(cgroup)), "")
+    by_unit = (unit, "unit") if unit else NOBODY
     if len(args) == 1 and args[0][:15].rstrip() == comm.rstrip():
         title = args[0]
         if NOT_A_TITLE.fullmatch(title):
             return NOBODY
         if service := first_match(SERVICE_TITLES, title):
-            return Identity(service)
+            return service, "name"
         if not title.startswith("node "):
             is_chosen = raw.endswith("\0\0") or OWN_TITLE.fullmatch(title)
-            return Identity(unit, "unit") if unit and is_chosen else NOBODY
+            return by_unit if is_chosen else NOBODY
         args = title.split(" ")  # PM2 writes the command line into the title
     elif not NODE_COMM.match(comm):
         return NOBODY
     script, arguments = script_of(args)
-    named = first_match(SERVICE_SCRIPTS, os.path.normpath(script)) if script else None
+    named = first_match(SERVICE_SCRIPTS, os.path.normpath(script))
     if named and not NOT_SERVING.intersection(arguments):
         return named
-    is_in_unit = unit and not named and UNIT_SCRIPT.fullmatch(script)
-    return Identity(unit, "unit") if is_in_unit else NOBODY
+    return by_unit if not named and UNIT_SCRIPT.fullmatch(script) else NOBODY
 
 
 def candidates_of(comm: str, cgroup: str) -> tuple[str, ...]:
-    """Return the services that a process may belong to. If none, its cmdline is not read."""
-    named = native_service(comm) or first_match(SERVICE_TITLES, comm)
-    if named:
+    """Return the services that a process may belong to, judged without its cmdline."""
+    if named := first_match(SERVICE_COMMS + SERVICE_TITLES, comm):
         return (named,)
     return NODE_SERVICES if NODE_COMM.match(comm) else unit_services(cgroup)
 
 
-def native_service(comm: str) -> str | None:
-    return "redis" if RENAMED_REDIS.fullmatch(comm) else SERVICE_COMMS.get(comm)
-
-
 def unit_services(cgroup: str) -> tuple[str, ...]:
-    found = (SERVICE_UNITS.get(name.lower()) for name, _ in UNIT.findall(cgroup))
-    return tuple(dict.fromkeys(filter(None, found)))
+    found = (unit.lower().replace("-", "") for unit in SERVICE_UNIT.findall(cgroup))
+    return tuple(dict.fromkeys(found))
 
 
 def first_match(table: Iterable[tuple[re.Pattern[str], T]], text: str) -> T | None:
@@ -2951,7 +2680,7 @@ def first_match(table: Iterable[tuple[re.Pattern[str], T]], text: str) -> T | No
 
 
 def script_of(args: list[str]) -> tuple[str, list[str]]:
-    """Return the script of a Node command line and its arguments; "" if Node runs none itself."""
+    """Return the script that Node runs itself, "" for none, and its arguments."""
     rest = iter(args[1:])
     for arg in rest:
         if not arg.startswith("-"):
@@ -2975,13 +2704,12 @@ NLMSG_ERROR, NLMSG_DONE = 2, 3
 TCP_ESTABLISHED, TCP_TIME_WAIT, TCP_CLOSE_WAIT, TCP_LISTEN = 1, 6, 8, 10
 # SYN_SENT, FIN_WAIT1, FIN_WAIT2, CLOSE_WAIT, LAST_ACK, LISTEN, CLOSING
 TCP_OTHER_STATES = (2, 4, 5, 8, 9, 10, 11)
-TIMEWAIT_TIMER = 3  # idiag_timer of what is left of a socket in FIN_WAIT2 that is closed
+TIMEWAIT_TIMER = 3  # idiag_timer of a closed socket in FIN_WAIT2
 INET_DIAG_SKV6ONLY = 11
-NETLINK_LIMIT_S = 3.0
 
 
 def netlink_parts(data: memoryview, head: str) -> Iterator[tuple[int, memoryview]]:
-    """Yield (kind, part with its head) of messages or attributes; head: struct of length, kind."""
+    """Yield (kind, all of it) of messages or attributes; head: struct of length, kind."""
     while len(data) >= struct.calcsize(head):
         length, kind = struct.unpack_from(head, data)
         yield kind, data[:length]
@@ -2989,14 +2717,11 @@ def netlink_parts(data: memoryview, head: str) -> Iterator[tuple[int, memoryview
 
 
 def dump_tcp(*states: int) -> Iterator[memoryview]:
-    """Yield a struct inet_diag_msg for each TCP socket in these states, of both families.
-
-    Needs no privilege. Raises OSError if the kernel has no tcp_diag.
-    """
+    """Yield a struct inet_diag_msg for each TCP socket in these states."""
     request = struct.pack("=IHHII BBBB 48x II", 16 + 60, TCPDIAG_GETSOCK, NLM_F_REQUEST_DUMP,
                           1, 0, 0, 0, 0, 0, sum(1 << state for state in states), 0)
     with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, NETLINK_SOCK_DIAG) as sock:
-        sock.settimeout(NETLINK_LIMIT_S)
+        sock.settimeout(HANG_LIMIT_S)
         sock.send(request)
         while True:
             for kind, message in netlink_parts(memoryview(sock.recv(256 * 1024)), "=IH"):
@@ -3004,30 +2729,23 @@ def dump_tcp(*states: int) -> Iterator[memoryview]:
                     return
                 if kind == NLMSG_ERROR:
                     code = -struct.unpack_from("=i", message, 16)[0]
-                    raise OSError(code, os.strerror(code))
+                    raise OSError(code, os.strerror(code))  # the kernel has no tcp_diag
                 yield message[16:]
 
 
 def tcp_rows(proc: str) -> Iterator[tuple[int, bytes, bytes]]:
-    """Yield (state, local address, accept queue) of each row of /proc/net/tcp and tcp6.
-
-    For kernels without sock_diag. It takes time for each socket of the machine.
-    """
-    for name in ("tcp", "tcp6"):
-        if name == "tcp6" and not os.path.exists(f"{proc}/net/tcp6"):
-            return  # IPv6 is off
+    """Yield (state, local address, accept queue) of each row of /proc/net/tcp and tcp6."""
+    has_ipv6 = os.path.exists(f"{proc}/net/tcp6")
+    for name in ("tcp", "tcp6") if has_ipv6 else ("tcp",):
         with open(f"{proc}/net/{name}", "rb") as rows:
+            next(rows)  # the names of the columns
             for row in rows:
                 columns = row.split(None, 5)
-                if columns[3] != b"st":  # the names of the columns
-                    yield int(columns[3], 16), columns[1], columns[4].rpartition(b":")[2]
+                yield int(columns[3], 16), columns[1], columns[4].rpartition(b":")[2]
 
 
 def read_tcp(proc: str) -> dict[str, Any]:
-    """Count TCP connections as ss(8) does, without a walk over the established ones.
-
-    They are what remains of the sockets in use when those in all other states are taken away.
-    """
+    """Count TCP connections as ss(8) does, without a walk over the established ones."""
     try:
         states: Counter[int] = Counter()
         closed = 0  # sockets that no process holds; sockstat counts them as `tw`
@@ -3039,9 +2757,9 @@ def read_tcp(proc: str) -> dict[str, Any]:
         in_use, time_wait = parse_sockstat(
             read_bytes(f"{proc}/net/sockstat") + read_feature(f"{proc}/net/sockstat6")
         )
-        states[TCP_ESTABLISHED] = max(0, in_use - states.total())
+        states[TCP_ESTABLISHED] = max(0, in_use - states.total())  # what the others leave
         states[TCP_TIME_WAIT] = max(0, time_wait - closed)
-    except OSError:
+    except OSError:  # a kernel without sock_diag: it takes time for each socket
         states = Counter(state for state, _, _ in tcp_rows(proc))
     return {
         "tcp_established": states[TCP_ESTABLISHED], "tcp_close_wait": states[TCP_CLOSE_WAIT],
@@ -3064,29 +2782,23 @@ def read_listen_overflows(proc: str) -> dict[str, Any]:
 
 
 def check_by_connect(host: str, ports: Iterable[int]) -> dict[int, bool]:
-    """Connect to all ports at once and send nothing; return port -> whether it accepted.
-
-    Raises OSError if this machine has no socket or local port left to try with.
-    """
+    """Connect to all ports at once, send nothing; return port -> whether it accepted."""
     result = dict.fromkeys(ports, False)
-    waiting: dict[int, tuple[int, socket.socket]] = {}
-    poll = select.poll()
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     deadline = time.monotonic() + PORT_CHECK_LIMIT_S
     with contextlib.ExitStack() as stack:
+        waiting = stack.enter_context(selectors.PollSelector())
         for port in result:
             sock = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
             stack.enter_context(sock)
             code = sock.connect_ex((host, port))
             if code in (errno.EADDRNOTAVAIL, errno.ENOBUFS, errno.ENOMEM, errno.EAGAIN):
-                raise OSError(code, os.strerror(code))
-            if code in (0, errno.EINPROGRESS):
-                waiting[sock.fileno()] = port, sock
-                poll.register(sock, select.POLLOUT)
-        while waiting and (left := deadline - time.monotonic()) > 0:
-            for fd, _ in poll.poll(math.ceil(left * 1000)):
-                poll.unregister(fd)
-                port, sock = waiting.pop(fd)
+                raise OSError(code, os.strerror(code))  # no verdict on the daemon
+            waiting.register(sock, selectors.EVENT_WRITE, (port, sock))
+        while waiting.get_map() and (left := deadline - time.monotonic()) > 0:
+            for key, _ in waiting.select(left):
+                waiting.unregister(key.fd)
+                port, sock = key.data
                 with sock, contextlib.suppress(OSError):  # it is not connected
                     # It may be connected to itself: to a free port in the local range.
                     result[port] = sock.getpeername() != sock.getsockname()
@@ -3094,33 +2806,20 @@ def check_by_connect(host: str, ports: Iterable[int]) -> dict[int, bool]:
 
 
 class Listener(NamedTuple):
-    """A TCP socket that listens."""
-
     address: bytes  # in network byte order, 4 or 16 bytes
     port: int
     queued: int  # connections that the daemon has not accepted
     limit: float  # of the queue; inf if the kernel does not tell
     is_v6only: bool = False
 
-    def serves(self, wanted: bytes) -> bool:
-        if len(self.address) == 16 and len(wanted) == 4:
-            is_any = not any(self.address) and not self.is_v6only
-            return is_any or self.address == IPV4_MAPPED + wanted
-        return self.address in (wanted, bytes(len(wanted)))
 
-
-IPV4_MAPPED = bytes(10) + b"\xff\xff"
-
-
-def listeners(proc: str) -> list[Listener]:
-    """Return the listening sockets of both families."""
+def listeners() -> list[Listener]:
+    """Return the TCP sockets of both families that listen."""
     try:
         return [parse_listener(message) for message in dump_tcp(TCP_LISTEN)]
     except OSError:
-        return [
-            Listener(_address(local), int(local.rpartition(b":")[2], 16), int(queued, 16), math.inf)
-            for state, local, queued in tcp_rows(proc) if state == TCP_LISTEN
-        ]
+        return [parse_listener_row(local, queued)
+                for state, local, queued in tcp_rows("/proc") if state == TCP_LISTEN]
 
 
 def parse_listener(message: memoryview) -> Listener:
@@ -3133,54 +2832,47 @@ def parse_listener(message: memoryview) -> Listener:
     return Listener(bytes(message[8 : 8 + size]), port, queued, limit, is_v6only)
 
 
-def _address(local: bytes) -> bytes:
-    """Return the address in a column of /proc/net/tcp: 32-bit words in the machine's order."""
-    words = bytes.fromhex(local.partition(b":")[0].decode())
-    return b"".join(struct.pack("=I", word) for word, in struct.iter_unpack(">I", words))
+def parse_listener_row(local: bytes, queued: bytes) -> Listener:
+    """Parse columns of /proc/net/tcp: an address is words in the machine's order."""
+    address, _, port = local.decode().partition(":")
+    words = struct.iter_unpack("=I", bytes.fromhex(address))
+    packed = b"".join(struct.pack("!I", word) for word, in words)
+    return Listener(packed, int(port, 16), int(queued, 16), math.inf)
 
 
-def check_by_listener(host: str, ports: Iterable[int], proc: str = "/proc") -> dict[int, bool]:
-    """Return port -> whether a listener serves this address and has room in its queue."""
-    wanted = socket.inet_pton(socket.AF_INET6 if ":" in host else socket.AF_INET, host)
-    up = {one.port for one in listeners(proc) if one.queued <= one.limit and one.serves(wanted)}
+def check_by_listener(host: str, ports: Iterable[int]) -> dict[int, bool]:
+    """Return port -> whether a listener serves this address and has room."""
+    is_v6 = ":" in host
+    wanted = socket.inet_pton(socket.AF_INET6 if is_v6 else socket.AF_INET, host)
+    addresses = {wanted, bytes(len(wanted))}
+    if not is_v6:  # an IPv6 socket may take it, as ::ffff:HOST
+        addresses |= {bytes(16), bytes(10) + b"\xff\xff" + wanted}
+    up = {one.port for one in listeners() if one.address in addresses
+          and (is_v6 or not one.is_v6only) and one.queued <= one.limit}
     return {port: port in up for port in ports}
 
 
-PORT_CHECKS: dict[str, Callable[[str, Iterable[int]], dict[int, bool]]] = {
-    "connect": check_by_connect, "listen": check_by_listener,
-}
+PORT_CHECKS = {"connect": check_by_connect, "listen": check_by_listener}
 
 
-def accept_queues(ports: Iterable[int], proc: str = "/proc") -> dict[int, int]:
-    """Return port -> connections that its listeners here have not accepted, if it has any."""
+def accept_queues(ports: Iterable[int]) -> dict[int, int]:
+    """Return port -> connections that its listeners have not accepted."""
     waiting: Counter[int] = Counter()
-    for one in listeners(proc):
+    for one in listeners():
         waiting[one.port] += one.queued
     return {port: waiting[port] for port in ports if port in waiting}
 
 
 # --- what runs here ----------------------------------------------------------------------
 
-MAIL_PORTS = (25, 587, 993, 995, 12080, 11334)
-
-
-def role_of(service: str) -> str:
-    return "zonemta-outbound" if service == "zonemta" else service
-
-
-ROLE_PORTS = {role_of(service): ports for service, ports in SERVICES.items()} | {
-    "zonemta-local": SERVICES["zonemta"], "wildduck": MAIL_PORTS, "unknown": MAIL_PORTS,
-}
+ROLES = ("unknown", "zonemta-outbound", "zonemta-local", *SERVICES)
+MAIL_PORTS = (25, 587, 993, 995, 12080, 11334)  # where none are known
 
 
 def ports_of(role: str, services: Iterable[str]) -> tuple[int, ...]:
-    """Return the ports to check.
-
-    They are those of the role, or of the service whose name the role begins with, or of the
-    services that were seen on the node, or MAIL_PORTS.
-    """
-    if role in ROLE_PORTS:
-        return ROLE_PORTS[role]
+    """Return the ports of the service that the role begins with, or of these services."""
+    if role == "wildduck":
+        return MAIL_PORTS
     named = [service for service in SERVICES if role.lower().startswith(service)]
     ports = [port for service in named or services for port in SERVICES.get(service, ())]
     return tuple(dict.fromkeys(ports)) or MAIL_PORTS
@@ -3192,53 +2884,59 @@ def read_services(folder: str) -> dict[str, float]:
         text = read_bytes(f"{folder}/services", 4096)
     except FileNotFoundError:  # version 1.0.0 saved the role alone
         role = read_feature(f"{folder}/role").decode("utf-8", "replace").strip()
-        return {service: 0.0 for service in SERVICES if role_of(service) == role}
+        return {s: 0.0 for s in SERVICES if s == role.removesuffix("-outbound")}
     with contextlib.suppress(ValueError, TypeError, AttributeError, RecursionError):
         saved = json.loads(text)
         return {s: float(saved[s]) for s in SERVICES if 0 <= saved.get(s, -1) < math.inf}
     return {}  # it is damaged: the services will be seen again
 
 
+def write_services(folder: str, absent: Mapping[str, float]) -> None:
+    path = f"{folder}/services"
+    with open(f"{path}.new", "w") as stream:
+        json.dump({service: round(seconds) for service, seconds in absent.items()}, stream)
+    os.replace(f"{path}.new", path)
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(f"{folder}/role")
+
+
+@dataclass
 class ServicesSeen:
     """The services that count as seen on this node.
 
-    A service counts as seen once it has run for 10 minutes (in the agent's first 10 minutes: for
-    three samples in a row). It no longer counts once it has been absent for 7 days. A process
-    that runs for a moment, whatever its name, changes nothing.
+    A service counts as seen once it has run for 10 minutes (in the agent's first 10 minutes:
+    for three samples in a row), and no longer once it has been absent for 7 days.
 
-    The file `services` holds {service: seconds of absence}. It is written when the services
-    change, and every hour while one of them is absent.
+    The file `services` holds {service: seconds of absence}. It is written when they change,
+    and every hour while one is absent.
     """
 
     SETTLED_S, GONE_S, SAVE_EVERY_S = 600.0, 7 * 86400.0, 3600.0
 
-    def __init__(
-        self, folder: str = "", *, clock: Callable[[], float] = time.monotonic,
-        at_once: bool = False, known: Iterable[str] = (),
-    ) -> None:
-        """folder: STATE_DIRECTORY, or ""; at_once: one sample is enough; known: seen before."""
-        self._folder = folder
-        self._clock = clock
-        self._samples_needed = 1 if at_once else 3
-        self._started = self._updated = self._saved_at = clock()
-        self._running: dict[str, tuple[float, int]] = {}  # since when, and in how many samples
-        self._absent = dict.fromkeys(known, 0.0)  # those that count as seen -> seconds of absence
-        self._saved: set[str] | None = None  # those that were written; None: not loaded yet
+    folder: str = ""  # STATE_DIRECTORY
+    clock: Callable[[], float] = time.monotonic
+    at_once: bool = False  # one sample is enough
+    known: Iterable[str] = ()  # seen before
+
+    def __post_init__(self) -> None:
+        self._started = self._updated = self._saved_at = self.clock()
+        self._running: dict[str, tuple[float, int]] = {}  # since when, how many samples
+        self._absent = dict.fromkeys(self.known, 0.0)  # seen -> seconds of absence
+        self._saved: set[str] | None = None  # what was written; None: not loaded yet
         self._problems = Problems()
         self._worker = Worker(HANG_LIMIT_S, self._problems)
 
     def role(self) -> str:
-        """Return the role that NODE_ROLE=auto gives; "unknown" if no service counts as seen."""
-        return next(map(role_of, self.services()), "unknown")
+        """Return the role for NODE_ROLE=auto; "unknown" if no service counts as seen."""
+        first = next(iter(self.services()), "unknown")
+        return "zonemta-outbound" if first == "zonemta" else first
 
     def services(self) -> list[str]:
         return [service for service in SERVICES if service in self._absent]
 
     def update(self, running: Mapping[str, bool]) -> None:
-        """Note whether services run in this sample; those that are not named are not known."""
-        if self._folder and self._saved is None:
-            self._load()
-        now = self._clock()
+        """Note whether services run; of one that is not named, nothing is known."""
+        now = self.clock()
         passed, self._updated = now - self._updated, now
         for service in SERVICES.keys() & running.keys():
             if not running[service]:
@@ -3249,50 +2947,35 @@ class ServicesSeen:
             since, samples = self._running.get(service, (now, 0))
             self._running[service] = since, samples + 1
             if now - self._started < self.SETTLED_S:
-                is_settled = samples + 1 >= self._samples_needed
+                is_settled = self.at_once or samples + 1 >= 3
             else:
                 is_settled = now - since >= self.SETTLED_S
             if is_settled or service in self._absent:
                 self._absent[service] = 0.0
         self._absent = {s: absent for s, absent in self._absent.items() if absent <= self.GONE_S}
-        if self._saved is not None:
-            self._save(now)
+        if self.folder:
+            self._sync(now)
 
-    def _load(self) -> None:
-        read = functools.partial(read_services, self._folder)
-        saved = self._try("reading the list of services", read)
-        if saved is not None:
-            self._saved = set()  # it is written once in each run
-            self._absent = {**saved, **self._absent}
-
-    def _save(self, now: float) -> None:
-        is_late = any(self._absent.values()) and now - self._saved_at >= self.SAVE_EVERY_S
-        if is_late or self._saved != self._absent.keys():
-            text = json.dumps({service: round(s) for service, s in self._absent.items()})
-            write = functools.partial(self._write, text)
-            if self._try("writing the list of services", write):
-                self._saved, self._saved_at = set(self._absent), now
-
-    def _write(self, text: str) -> bool:
-        path = f"{self._folder}/services"
-        with open(f"{path}.new", "w") as stream:
-            stream.write(text)
-        os.replace(f"{path}.new", path)
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(f"{self._folder}/role")
-        return True
-
-    def _try(self, name: str, call: Callable[[], T]) -> T | None:
-        """Make a call that may hang; log why if it fails, and return None."""
+    def _sync(self, now: float) -> None:
+        """Load the file, once in each run, and write it when it is due."""
+        name = "reading the list of services"
         try:
-            result = self._worker.call(name, call)
+            if self._saved is None:
+                saved = self._worker.call(name, functools.partial(read_services, self.folder))
+                self._absent = {**saved, **self._absent}
+                self._saved = set()  # it is written once in each run
+            is_late = any(self._absent.values()) and now - self._saved_at >= self.SAVE_EVERY_S
+            if is_late or self._saved != self._absent.keys():
+                name = "writing the list of services"
+                write = functools.partial(write_services, self.folder, dict(self._absent))
+                self._worker.call(name, write)
+                self._saved, self._saved_at = set(self._absent), now
         except TimeoutError:
-            return None  # the worker logs what hangs
+            return  # the worker logs what hangs
         except OSError as error:
             self._problems.begin("file", f"{name} failed", _reason(error))
-            return None
+            return
         self._problems.end("file", f"{name} works again")
-        return result
 
 
 # --- ZoneMTA's own figures ---------------------------------------------------------------
@@ -3316,7 +2999,7 @@ ZONEMTA_LABEL = re.compile(r'[{,](?:status|type)="(\w*)"')
 
 
 def parse_zonemta(text: str) -> dict[str, int]:
-    """Return ZoneMTA's figures from its answer to GET /metrics (Prometheus' text format)."""
+    """Parse ZoneMTA's answer to GET /metrics (Prometheus' text format)."""
     sums: Counter[tuple[str, str]] = Counter()
     for metric, labels, value in ZONEMTA_METRIC.findall(text):
         sums[metric, "".join(ZONEMTA_LABEL.findall(labels))] += int(value)
@@ -3328,16 +3011,14 @@ def parse_zonemta(text: str) -> dict[str, int]:
 
 
 class ZoneMta:
-    """Asks ZoneMTA's HTTP API over one kept connection."""
+    """Asks ZoneMTA's HTTP API."""
 
     def __init__(self, url: str) -> None:
-        self._path = f"{urlsplit(url).path}/metrics"
-        netloc = urlsplit(url).netloc
-        self._connection = http.client.HTTPConnection(netloc, timeout=ZONEMTA_ANSWER_S)
+        self._url = urlsplit(url)
         self._worker = Worker(ZONEMTA_LIMIT_S, Problems())
 
     def read(self, is_running: bool) -> dict[str, int] | None:
-        """Return its figures, None while it hangs; raise one of READ_ERRORS without an answer."""
+        """Return its figures, None while it hangs. Raises one of READ_ERRORS."""
         results = self._worker.run({"ZoneMTA's API": self._ask} if is_running else {})
         result = results.get("ZoneMTA's API", None if is_running else {})
         if isinstance(result, Exception):
@@ -3345,83 +3026,49 @@ class ZoneMta:
         return result
 
     def _ask(self) -> dict[str, int]:
-        with contextlib.suppress(ConnectionError):  # ZoneMTA closes an idle connection after 5 s
-            return self._get()
-        return self._get()
-
-    def _get(self) -> dict[str, int]:
-        with contextlib.ExitStack() as on_failure:
-            on_failure.callback(self._connection.close)
-            self._connection.request("GET", self._path)
-            answer = self._connection.getresponse()
+        # A new connection each time: ZoneMTA closes an idle one after 5 s.
+        connection = http.client.HTTPConnection(self._url.netloc, timeout=ZONEMTA_ANSWER_S)
+        with contextlib.closing(connection):
+            connection.request("GET", f"{self._url.path}/metrics")
+            answer = connection.getresponse()
             figures = parse_zonemta(answer.read(ZONEMTA_ANSWER_BYTES).decode("utf-8", "replace"))
             if answer.status != 200 or answer.read(1) or answer.length or not figures:
                 raise ValueError(f"it answered {answer.status} without ZoneMTA's figures")
-            on_failure.pop_all()
             return figures
 
 
 # --- settings ----------------------------------------------------------------------------
 
 
+@dataclass(eq=False)  # hashable, like every exception
 class SettingsError(Exception):
-    """Wrong settings; `problems` holds one line for each."""
+    """Wrong settings."""
 
-    def __init__(self, problems: list[str]) -> None:
-        super().__init__("\n".join(problems))
-        self.problems = problems
+    problems: list[str]  # a line for each
 
 
-# A parser turns the text of a setting into its value. Its ValueError says what is wrong.
+def _matching(pattern: str, words: str, text: str) -> str:
+    if not re.fullmatch(pattern, text):
+        raise ValueError(f"must be {words}")
+    return text
 
 
-def _matching(pattern: str, words: str) -> Callable[[str], str]:
-    def parse(text: str) -> str:
-        if not re.fullmatch(pattern, text):
-            raise ValueError(f"must be {words}")
-        return text
-
-    return parse
+def _choice(names: Iterable[str], text: str) -> str:
+    if text.lower() not in names:
+        raise ValueError(f"must be one of {', '.join(names)}")
+    return text.lower()
 
 
-def _choice(*names: str) -> Callable[[str], str]:
-    def parse(text: str) -> str:
-        if text.lower() not in names:
-            raise ValueError(f"must be one of {', '.join(names)}")
-        return text.lower()
-
-    return parse
+def _whole(low: int, high: int, text: str) -> int:
+    if not re.fullmatch("[0-9]{1,9}", text) or not low <= int(text) <= high:
+        raise ValueError(f"must be a whole number from {low} to {high}")
+    return int(text)
 
 
-def _flag(text: str) -> bool:
-    return _choice("true", "false")(text) == "true"
-
-
-def _whole(low: int, high: int) -> Callable[[str], int]:
-    def parse(text: str) -> int:
-        if not re.fullmatch(r"[0-9]{1,9}", text) or not low <= int(text) <= high:
-            raise ValueError(f"must be a whole number from {low} to {high}")
-        return int(text)
-
-    return parse
-
-
-def _list_or_auto(
-    parse_item: Callable[[str], Any], words: str, separator: str = r"[,\s]+"
-) -> Callable[[str], tuple[Any, ...] | None]:
-    def parse(text: str) -> tuple[Any, ...] | None:
-        if text.lower() == "auto":
-            return None
-        try:
-            return tuple(dict.fromkeys(map(parse_item, re.split(separator, text.strip()))))
-        except ValueError:
-            raise ValueError(f"must be auto or {words}, separated by commas") from None
-
-    return parse
-
-
-# Labels of 1 to 63 letters, or an IPv6 address; in lower case, as urlsplit returns it.
-HOST = re.compile(r"([a-z0-9_]([a-z0-9_-]{0,62})(\.|$))+|[0-9a-f]*:[0-9a-f:.]+")
+def _list_or_auto(separator: str, parse_item: Callable[[str], Any], text: str) -> Any:
+    if text.lower() == "auto":
+        return None
+    return tuple(dict.fromkeys(map(parse_item, re.split(separator, text.strip()))))
 
 
 def _url(text: str) -> str:
@@ -3429,16 +3076,13 @@ def _url(text: str) -> str:
         raise ValueError("must not hold a user name or password; the key belongs in API_KEY")
     if re.search("[^!-~]|[?#]", text):
         raise ValueError("must not hold blanks, '?', '#' or letters outside ASCII")
-    try:
+    with contextlib.suppress(ValueError):  # a port that is no number, for one
         parts = urlsplit(text)
-        if parts.scheme not in ("http", "https") or parts.port == 0:
-            raise ValueError
-        if not HOST.fullmatch(parts.hostname or ""):
-            raise ValueError
-    except ValueError:
-        raise ValueError("must be https:// and a host name or IP address (IPv6 in brackets), "
-                         "then a port and a path if needed") from None
-    return parts.geturl().rstrip("/")  # with the scheme in lower case
+        has_host = HOST.fullmatch(parts.hostname or "")
+        if parts.scheme in ("http", "https") and has_host and parts.port != 0:
+            return parts.geturl().rstrip("/")  # with the scheme in lower case
+    raise ValueError("must be https:// and a host name or IP address (IPv6 in brackets), "
+                     "then a port and a path if needed")
 
 
 def _zonemta_url(text: str) -> str:
@@ -3453,15 +3097,13 @@ def _zonemta_url(text: str) -> str:
 def _role(text: str) -> str:
     if not 1 <= len(text) <= 50 or not text.isprintable() or text != text.strip():
         raise ValueError("must be auto, or a name of 1 to 50 printable characters")
-    return text.lower() if text.lower() in ("auto", *ROLE_PORTS) else text
+    return text.lower() if text.lower() in ("auto", *ROLES) else text
 
 
 def _ip_literal(text: str) -> str:
     for family in (socket.AF_INET, socket.AF_INET6):
-        try:
+        with contextlib.suppress(OSError, ValueError):  # ValueError: a NUL
             return socket.inet_ntop(family, socket.inet_pton(family, text))
-        except (OSError, ValueError):  # ValueError: a NUL
-            continue
     raise ValueError("must be an IPv4 or IPv6 address, not a name")
 
 
@@ -3475,8 +3117,8 @@ def _watched(text: str) -> tuple[tuple[str, str], ...]:
         service, program = found.groups()
         if service in SERVICES:
             raise ValueError(f"{service} is reported anyway; choose another name")
-        if program in SERVICE_COMMS:
-            raise ValueError(f"{program} is reported anyway, as {SERVICE_COMMS[program]}")
+        if native := first_match(SERVICE_COMMS, program):
+            raise ValueError(f"{program} is reported anyway, as {native}")
         pairs.append((service, program[:15]))  # the kernel cuts comm to 15 bytes
     return tuple(pairs)
 
@@ -3485,21 +3127,17 @@ def _watched(text: str) -> tuple[tuple[str, str], ...]:
 class Setting:
     """One setting: how its text becomes a value, and what an administrator is told about it."""
 
-    name: str
-    parse: Callable[[str], Any]
+    parse: Callable[[str], Any]  # its ValueError says what is wrong with the text
     default: str
     help: str
     example: str
     required: bool = False
-    secret: bool = False
+    name: str = ""  # that of its field in Config, in capitals
 
 
-def _setting(
-    parse: Callable[[str], Any], default: str, help: str, example: str, **more: bool
-) -> Any:
-    """Return the field of a setting. The field's name, in capitals, is the setting's name."""
-    row = {"parse": parse, "default": default, "help": help, "example": example, **more}
-    return field(repr=not more.get("secret"), metadata=row)
+def _setting(*row: Any, **more: Any) -> Any:
+    """Return a field of Config. Its repr() shows `texts` instead, which does not hold the key."""
+    return field(repr=False, metadata={"setting": Setting(*row, **more)})
 
 
 @dataclass(frozen=True, slots=True)
@@ -3509,34 +3147,36 @@ class Config:
     dashboard_url: str = _setting(
         _url, "", "address of the dashboard", "https://monitor.example.com", required=True)
     api_key: str = _setting(
-        _matching("[!-~]*", "visible ASCII without blanks or line breaks"), "",
-        "key that the dashboard gave out for its agents", "k3yOfTheDashboard",
-        required=True, secret=True)
+        partial(_matching, "[!-~]*", "visible ASCII without blanks or line breaks"), "",
+        "key that the dashboard gave out for its agents", "k3yOfTheDashboard", required=True)
     node_id: str = _setting(
-        _matching("[A-Za-z0-9._:@-]{0,100}", "1 to 100 letters, digits or . _ : @ -"), "",
+        partial(_matching, "[A-Za-z0-9._:@-]{0,100}", "1 to 100 letters, digits or . _ : @ -"), "",
         "name of this node; empty: its host name", "mta-01")
     node_role: str = _setting(
         _role, "auto", "role of this node; auto: by the mail daemons that run", "zonemta-outbound")
     heartbeat_interval: int = _setting(
-        _whole(1_000, 300_000), "15000", "time between two samples, in milliseconds", "15000")
+        partial(_whole, 1_000, 300_000), "15000",
+        "time between two samples, in milliseconds", "15000")
     log_level: str = _setting(
-        _choice("debug", "info", "warning", "error"), "info",
+        partial(_choice, ("debug", "info", "warning", "error")), "info",
         "lowest level to log: debug, info, warning or error", "info")
     check_ports: tuple[int, ...] | None = _setting(
-        _list_or_auto(_whole(1, 65535), "port numbers from 1 to 65535"), "auto",
+        partial(_list_or_auto, r"[,\s]+", partial(_whole, 1, 65535)), "auto",
         "TCP ports to check; auto: those of the role", "25,587,993")
     check_host: str = _setting(
         _ip_literal, "127.0.0.1", "IP address at which the ports are checked", "10.0.0.5")
     check_mode: str = _setting(
-        _choice(*PORT_CHECKS), "connect",
+        partial(_choice, PORT_CHECKS), "connect",
         "connect to each port; listen: ask the kernel who listens (nothing in the mail log)",
         "listen")
     disk_paths: tuple[str, ...] | None = _setting(
-        _list_or_auto(_matching(r"/[^\0]*", ""), "absolute paths", r"\s*,\s*"), "auto",
+        partial(_list_or_auto, r"\s*,\s*", partial(
+            _matching, r"/[^\0]*", "auto or absolute paths, separated by commas")), "auto",
         "file systems to report; auto: all local ones", "/,/var/mail")
     net_interfaces: tuple[str, ...] | None = _setting(
-        _list_or_auto(_matching(r"[^/\0]{1,15}", ""), "names of interfaces"), "auto",
-        "network interfaces to count; auto: those with hardware behind them", "eth0,eth1")
+        partial(_list_or_auto, r"[,\s]+", partial(
+            _matching, r"[^/\0]{1,15}", "auto or names of interfaces, separated by commas")),
+        "auto", "network interfaces to count; auto: those with hardware behind them", "eth0,eth1")
     watch_processes: tuple[tuple[str, str], ...] = _setting(  # (service, comm)
         _watched, "",
         "more services to report, as name=program (the exact name that ps -o comm shows)",
@@ -3545,70 +3185,62 @@ class Config:
         _zonemta_url, "http://127.0.0.1:12080",
         "address of ZoneMTA's HTTP API, for its queue; off: do not ask", "http://127.0.0.1:12080")
     buffer_size: int = _setting(
-        _whole(10, 10_000), "100", "samples kept while the dashboard cannot be reached", "1000")
+        partial(_whole, 10, 10_000), "100",
+        "samples kept while the dashboard cannot be reached", "1000")
     ca_bundle: str = _setting(
-        _matching(r"(/[^\0-\x1f\x7f]*)?", "an absolute path"), "",
+        partial(_matching, r"(/[^\0-\x1f\x7f]*)?", "an absolute path"), "",
         "PEM file with the CA to trust; empty: the system's store", "/etc/ssl/certs/my-ca.pem")
     allow_http: bool = _setting(
-        _flag, "false", "true: allow http:// to another machine (sends the key in clear text)",
-        "true")
+        lambda text: _choice(("true", "false"), text) == "true", "false",
+        "true: allow http:// to another machine (sends the key in clear text)", "true")
     memory_limit_mb: int = _setting(
-        _whole(48, 72), "64",
+        partial(_whole, 48, 72), "64",
         "resident memory in MiB above which the agent asks systemd for a restart", "64")
     dashboard_api: str = _setting(
-        _choice(*DIALECTS), "v1",
+        partial(_choice, ("v1", "tinomail-monitor")), "v1",
         "dialect that the dashboard speaks: v1 or tinomail-monitor", "tinomail-monitor")
     env_file: str = ""  # where settings were read from; "": from the environment alone
     warnings: tuple[str, ...] = ()
+    texts: Mapping[str, str] = field(default_factory=dict)  # of each setting; not the key
 
     @property
     def interval_s(self) -> float:
         return self.heartbeat_interval / 1000
 
 
-SETTINGS = tuple(
-    Setting(row.name.upper(), **row.metadata)
+SETTINGS: tuple[Setting, ...] = tuple(
+    dataclasses.replace(row.metadata["setting"], name=row.name.upper())
     for row in dataclasses.fields(Config) if row.metadata
 )
 KNOWN_NAMES = frozenset(setting.name for setting in SETTINGS)
+# Labels of 1 to 63 letters, or an IPv6 address; in lower case, as urlsplit returns it.
+HOST = re.compile(r"([a-z0-9_]([a-z0-9_-]{0,62})(\.|$))+|[0-9a-f]*:[0-9a-f:.]+")
 AGENT_MIB = 34  # what the agent needs without its buffer
 BUFFERED_SAMPLE_BYTES = 2560  # of a large machine, with what Python needs for it
 DEAD_AFTER_MS = 45_000  # the dashboard's three heartbeats of 15 s
 SHOWN_CHARS = 60  # of a wrong value
 NO_HOST_NAME = "the host name is not set yet; set the host name or NODE_ID"
+LOCAL_ENV_FILE = "./.agent.env"
 SERVICE_ENV_FILE = "/etc/tinomail-agent/agent.env"  # LoadCredential= of the unit
 SERVICE_STATE = "/var/lib/private/tinomail-agent"  # StateDirectory= of the unit
 
 
-def credential_file(environ: Mapping[str, str]) -> str:
-    """Return where systemd puts its copy of SERVICE_ENV_FILE (systemd.exec(5)), else ""."""
-    folder = environ.get("CREDENTIALS_DIRECTORY")
-    return os.path.join(folder, "agent.env") if folder else ""
-
-
-def find_env_file(option: str | None, environ: Mapping[str, str], installed: bool = False) -> str:
-    """Return the env file to read: --env-file, credential, ./ or /etc; "" if there is none.
-
-    The installed command reads none from the current folder: anybody may have put it there.
-    """
-    if option is not None:
-        return option
-    places = (credential_file(environ), "" if installed else "./.agent.env", SERVICE_ENV_FILE)
-    return next((place for place in places if os.path.lexists(place)), "")
+def find_env_file(environ: Mapping[str, str], installed: bool = False) -> str:
+    """Return the env file to read: credential, ./ or /etc; "" if there is none."""
+    folder = environ.get("CREDENTIALS_DIRECTORY")  # of systemd's copy (systemd.exec(5))
+    credential = f"{folder}/agent.env" if folder else ""
+    local = "" if installed else LOCAL_ENV_FILE  # in the current folder it may be anybody's
+    return next(filter(os.path.lexists, (credential, local, SERVICE_ENV_FILE)), "")
 
 
 def parse_env(data: bytes) -> tuple[dict[str, str], list[str]]:
     """Parse the bytes of an env file into (name -> value, problems), without interpolation."""
-    try:
-        text = data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = data[: error.start].count(b"\n") + 1
-        return {}, [f"line {line}: is not UTF-8 text; save the file as UTF-8"]
+    text = data.decode("utf-8-sig", "surrogateescape")  # a path may hold any bytes
     values: dict[str, str] = {}
     problems: list[str] = []
     for binding in dotenv.parser.parse_stream(io.StringIO(text)):
-        blank = re.match(r"\s*", binding.original.string)[0]  # type: ignore[index]
-        line = binding.original.line + len(re.findall(r"\r\n|\n|\r", blank))
+        found = binding.original.string  # with the blank lines before it
+        line = binding.original.line + found.count("\n") - found.lstrip().count("\n")
         if binding.error or (binding.key is not None and binding.value is None):
             problems.append(f"line {line}: is not NAME=value, or a quote is not closed "
                             "(example: NODE_ROLE=auto)")
@@ -3664,81 +3296,67 @@ def load_config(
     An empty value counts as not set. Raises SettingsError with every problem at once.
     With need_dashboard=False, DASHBOARD_URL and API_KEY may be missing (then "").
     """
-    path = find_env_file(env_file, environ, installed)
+    path = find_env_file(environ, installed) if env_file is None else env_file
     if not need_dashboard and env_file is None and not os.access(path, os.R_OK):
         path = ""  # the service's file, which only root can read, is not needed for a sample
-    shown = SERVICE_ENV_FILE if path == credential_file(environ) else path
+    shown = path if env_file or path == LOCAL_ENV_FILE else SERVICE_ENV_FILE
     from_file, problems, warnings = read_env_file(path, shown) if path else ({}, [], [])
     may_be_missing = not need_dashboard or bool(problems and not from_file)
-    given = {name: environ.get(name) or from_file.get(name, "") for name in KNOWN_NAMES}
-    values: dict[str, Any] = {}
+    texts = {s.name: environ.get(s.name) or from_file.get(s.name) or s.default for s in SETTINGS}
+    texts["NODE_ID"] = texts["NODE_ID"] or host_name()
+    key = texts["API_KEY"]
+    values: dict[str, Any] = {s.name.lower(): "" for s in SETTINGS if s.required}
     for setting in SETTINGS:
-        text = given[setting.name] or setting.default
-        if setting.name == "NODE_ID":
-            text = text or host_name()
+        text = texts[setting.name]
         try:
             if text or not setting.required:
                 values[setting.name.lower()] = setting.parse(text)
-            elif may_be_missing:
-                values[setting.name.lower()] = ""
-            else:
+            elif not may_be_missing:
                 raise ValueError("is missing")
         except ValueError as error:
-            problems.append(_problem(setting, str(error), text, given["API_KEY"]))
-    problems += _contradictions(values)
-    if problems:
-        raise SettingsError(problems)
-    warnings += _warnings_about(values)
-    return Config(**values, env_file=path, warnings=tuple(warnings))
+            problems.append(_problem(setting, str(error), text, key))
+    more_problems, more_warnings = _check_values(values)
+    if problems + more_problems:
+        raise SettingsError(problems + more_problems)
+    texts["API_KEY"] = f"set, {len(key)} characters"
+    return Config(**values, env_file=path, warnings=(*warnings, *more_warnings), texts=texts)
 
 
 def _problem(setting: Setting, reason: str, text: str, key: str) -> str:
-    """Return the line for a wrong value, without the key and without a password in a URL.
-
-    If API_KEY has no value, the key may be a part of this one: it is not shown.
-    """
-    shown = ""
-    if text and key and not setting.secret:
-        safe = re.sub(r"(?s)\?.*", "?***", re.sub("(?s).*@", "***@", text))
-        shown = f"it is '{printable(safe, key, SHOWN_CHARS)}'; "
+    """Return the line for a wrong value, without the key and without a password in a URL."""
+    safe = re.sub(r"(?s)\?.*", "?***", re.sub("(?s).*@", "***@", text))
+    # Without a value of API_KEY, the key may be a part of this one.
+    is_shown = text and key and setting.name != "API_KEY"
+    shown = f"it is '{printable(safe, key, SHOWN_CHARS)}'; " if is_shown else ""
     return f"{setting.name}: {reason} ({shown}example: {setting.name}={setting.example})"
 
 
-def _contradictions(values: Mapping[str, Any]) -> list[str]:
-    """Return the problems of settings that are right alone, but not together."""
-    found = []
-    url, allow_http = values.get("dashboard_url", ""), values.get("allow_http", True)
+def _check_values(values: Mapping[str, Any]) -> tuple[list[str], list[str]]:
+    """Return (problems, warnings) of values that are right alone. Those that are not are absent."""
+    problems, warnings = [], []
+    url, allow_http = values["dashboard_url"], values.get("allow_http", True)
     if url.startswith("http://") and not allow_http and not is_loopback(url):
-        found.append("DASHBOARD_URL: http:// would send the key in clear text; "
-                     "use https://, or set ALLOW_HTTP=true if the network is your own")
+        problems.append("DASHBOARD_URL: http:// would send the key in clear text; "
+                        "use https://, or set ALLOW_HTTP=true if the network is your own")
     limit_mib, size = values.get("memory_limit_mb", 64), values.get("buffer_size", 0)
     most = (limit_mib - AGENT_MIB) * MIB // BUFFERED_SAMPLE_BYTES
     if size > most:
-        found.append(f"BUFFER_SIZE: {size} samples do not fit into MEMORY_LIMIT_MB={limit_mib}; "
-                     f"set BUFFER_SIZE={most} or less")
-    return found
-
-
-def _warnings_about(values: Mapping[str, Any]) -> list[str]:
-    """Return warnings about settings that are allowed, but probably not intended."""
-    found = []
-    if not values["node_id"]:
-        found.append(f"NODE_ID: {NO_HOST_NAME}")
-    elif values["node_id"].split(".")[0] == "localhost":
-        found.append("NODE_ID: this node reports as localhost; choose another name")
-    if values["heartbeat_interval"] > DEAD_AFTER_MS:
-        found.append(f"HEARTBEAT_INTERVAL: {values['heartbeat_interval']} is too long: the "
-                     f"dashboard considers a node dead after {DEAD_AFTER_MS} ms without a sample")
-    return found
+        problems.append(f"BUFFER_SIZE: {size} samples do not fit into MEMORY_LIMIT_MB={limit_mib}; "
+                        f"set BUFFER_SIZE={most} or less")
+    node_id, interval_ms = values.get("node_id", "?"), values.get("heartbeat_interval", 0)
+    if not node_id:
+        warnings.append(f"NODE_ID: {NO_HOST_NAME}")
+    elif node_id.split(".")[0] == "localhost":
+        warnings.append("NODE_ID: this node reports as localhost; choose another name")
+    if interval_ms > DEAD_AFTER_MS:
+        warnings.append(f"HEARTBEAT_INTERVAL: {interval_ms} is too long: the dashboard "
+                        f"considers a node dead after {DEAD_AFTER_MS} ms without a sample")
+    return problems, warnings
 
 
 def is_loopback(url: str) -> bool:
-    """Tell whether a URL leads to this machine."""
-    try:
-        host = urlsplit(url).hostname or ""
-        return host in ("localhost", "::1") or socket.inet_pton(socket.AF_INET, host)[0] == 127
-    except (OSError, ValueError):
-        return False
+    """Tell whether an http:// URL leads to this machine."""
+    return bool(re.match(r"(?i)http://(localhost|127(\.\d+){3}|\[::1\])(:|/|$)", url))
 
 
 # --- systemd -----------------------------------------------------------------------------
@@ -3752,9 +3370,7 @@ class Notifier:
         self.is_systemd = bool(environ.get("NOTIFY_SOCKET"))
         if self.is_systemd and self._socket.socket:
             self._socket.socket.settimeout(1.0)  # in case systemd does not read
-        ours = environ.get("WATCHDOG_PID", str(os.getpid())) == str(os.getpid())
-        micros = environ.get("WATCHDOG_USEC", "0") if ours else "0"
-        self.watchdog_s = int(micros) / 1e6 if micros.isdigit() else 0.0  # 0: no watchdog
+        self.watchdog_s = int(environ.get("WATCHDOG_USEC", 0)) / 1e6  # 0: no watchdog
         self.ping_s = min(10.0, self.watchdog_s / 3) or 10.0
 
     def send(self, *lines: str) -> None:
@@ -3774,15 +3390,11 @@ class LogFormatter(logging.Formatter):
 
     def __init__(self, key: str, journal: bool) -> None:
         super().__init__("%(message)s" if journal else "%(asctime)s %(levelname)-8s %(message)s")
-        self._key = key
-        self._journal = journal
+        self._key, self._journal = key, journal
 
     def format(self, record: logging.LogRecord) -> str:
-        text = super().format(record)
-        if not self._journal:
-            return text
-        prefix = f"<{JOURNAL_PRIORITY[record.levelno]}>"
-        return "\n".join(prefix + line for line in text.splitlines())
+        prefix = f"<{JOURNAL_PRIORITY[record.levelno]}>" if self._journal else ""
+        return "\n".join(prefix + line for line in super().format(record).splitlines())
 
     def formatException(self, ei: Any) -> str:  # noqa: N802 (logging's own name)
         return mask(super().formatException(ei), self._key)
@@ -3790,11 +3402,10 @@ class LogFormatter(logging.Formatter):
 
 def set_up_logging(level: str, key: str, environ: Mapping[str, str]) -> None:
     """Log to stderr; with priorities if that is the journal ($JOURNAL_STREAM, systemd.exec(5))."""
-    try:
+    is_journal = False
+    with contextlib.suppress(OSError):  # stderr is closed
         stderr = os.fstat(2)
         is_journal = environ.get("JOURNAL_STREAM") == f"{stderr.st_dev}:{stderr.st_ino}"
-    except OSError:  # it is closed
-        is_journal = False
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(LogFormatter(key, is_journal))
     log.handlers[:] = [handler]
@@ -3804,8 +3415,6 @@ def set_up_logging(level: str, key: str, environ: Mapping[str, str]) -> None:
 
 
 # --- command line ------------------------------------------------------------------------
-
-EX_TEMPFAIL, EX_CONFIG = 75, 78  # sysexits.h
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -3832,10 +3441,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def take_sample(config: Config, known: Iterable[str]) -> tuple[Sample, str]:
-    """Take one sample with real rates, and say what it cost.
-
-    Its role is that of the known services, and of what runs now.
-    """
+    """Take one sample with real rates; say what it cost. Its role: by `known`, and what runs."""
     collector = Collector(config, seen=ServicesSeen(at_once=True, known=known))
     collector.prime()
     time.sleep(PRIME_S)
@@ -3846,19 +3452,12 @@ def take_sample(config: Config, known: Iterable[str]) -> tuple[Sample, str]:
                     f"{own_rss_bytes() / MIB:.1f} MiB of memory")
 
 
-def run_once(config: Config, known: Iterable[str]) -> int:
-    sample, _ = take_sample(config, known)
-    body = DIALECTS[config.dashboard_api].body(unpack(sample.packed), config.node_id)
-    print(json.dumps(body, indent=2))
-    return 0
-
-
 def run_check(config: Config, known: Iterable[str]) -> int:
     """Show the settings and a sample, and check whether the dashboard takes it."""
     print(f"TinoMail agent {VERSION}\n")
     print(f"settings (from the environment, then {config.env_file or 'no file'})")
-    for setting in SETTINGS:
-        print(f"  {setting.name:<19} {describe_setting(setting, config)}")
+    for name, text in config.texts.items():
+        print(f"  {name:<19} {text or '(empty)'}")
     for warning in config.warnings:
         print(f"  warning: {warning}")
     transport = Transport(config.dashboard_url, config.ca_bundle)  # its CAs are part of the cost
@@ -3873,10 +3472,7 @@ def run_check(config: Config, known: Iterable[str]) -> int:
 
 
 def try_dashboard(config: Config, transport: Transport, sample: Sample) -> tuple[int, str]:
-    """Register this node and post a sample; return the exit code, and what came of it.
-
-    The sample is posted without its part `agent`: this process is not the service.
-    """
+    """Register this node and post a sample; return the exit code, and what came of it."""
     if not config.node_id:
         return 1, f"FAILED: {NO_HOST_NAME}"
     dialect, key, started = DIALECTS[config.dashboard_api], config.api_key, time.monotonic()
@@ -3887,7 +3483,7 @@ def try_dashboard(config: Config, transport: Transport, sample: Sample) -> tuple
     if verdict.outcome is Outcome.DELIVERED:
         node_id = dialect.confirmed_id(answer.body) or config.node_id
         words = f"registered as {printable(node_id, key)} (role {sample.role}, address {ip})"
-        neutral.pop("agent")
+        neutral.pop("agent")  # this process is not the service
         answer = transport.post(dialect.sample(neutral, node_id, key))
         verdict = judge(answer, key, dialect.hints)
         if verdict.outcome is Outcome.DELIVERED:
@@ -3895,30 +3491,16 @@ def try_dashboard(config: Config, transport: Transport, sample: Sample) -> tuple
             return 0, f"ok, {words}, and it took the sample, in {took_ms:.0f} ms"
         words += f", but it did not take the sample: {verdict}"
     may_pass = verdict.outcome is Outcome.RETRY and not answer.is_lasting
-    return EX_TEMPFAIL if may_pass else 1, f"FAILED: {words}"
+    return os.EX_TEMPFAIL if may_pass else 1, f"FAILED: {words}"
 
 
-def describe_setting(setting: Setting, config: Config) -> str:
-    """Return a setting's value as text; of the key only its length."""
-    value = getattr(config, setting.name.lower())
-    if setting.secret:
-        return f"set, {len(value)} characters" if value else "not set"
-    if isinstance(value, tuple):
-        return ",".join("=".join(v) if isinstance(v, tuple) else str(v) for v in value) or "none"
-    if isinstance(value, bool):
-        return str(value).lower()
-    return "auto" if value is None else str(value) or "(default)"
-
-
-def describe_sample(sample: Mapping[str, Any]) -> list[str]:
-    """Return the figures of a neutral sample, a line each, under the names that are sent."""
-    lines = []
+def describe_sample(sample: Mapping[str, Any]) -> Iterator[str]:
+    """Yield the figures of a neutral sample, a line each, under the names that are sent."""
     for part in ("system", "processes", "zonemta", "services", "accept_queue"):
         title = "accept_queue " if part == "accept_queue" else ""  # has the names of services, too
         for name, value in sample.get(part, {}).items():
             for row in value if name == "disks" else [value]:
-                lines.append(f"{title + name:<22} {describe_figure(row, name)}")
-    return lines
+                yield f"{title + name:<22} {describe_figure(row, name)}"
 
 
 def describe_figure(value: Any, name: str) -> str:
@@ -3931,9 +3513,6 @@ def describe_figure(value: Any, name: str) -> str:
     return f"{value / MIB:.0f} MiB" if name.endswith("_bytes") else str(value)
 
 
-NOBODY_ID = 65534  # user and group nobody, on every distribution with systemd
-
-
 def unit_environ() -> dict[str, str]:
     """Return the settings in Environment= of the unit and its drop-ins."""
     import shlex  # only on the command line
@@ -3942,96 +3521,85 @@ def unit_environ() -> dict[str, str]:
     command = ["systemctl", "show", "-p", "Environment", "--value", "tinomail-agent"]
     try:
         done = subprocess.run(
-            command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, timeout=10)
-        words = shlex.split(done.stdout.decode("utf-8", "replace"))
+            command, capture_output=True, encoding="utf-8", errors="replace", timeout=10)
+        return dict(word.split("=", 1) for word in shlex.split(done.stdout))
     except (OSError, subprocess.SubprocessError, ValueError):
         return {}  # no systemd or no unit
-    pairs = (word.partition("=") for word in words)
-    return {name: value for name, _, value in pairs}
 
 
 def become_nobody() -> None:
     """Give up root, so that each file is read with the rights of the service."""
+    nobody_id = 65534  # user and group, on every distribution with systemd
     if os.geteuid() == 0:
         with contextlib.suppress(OSError):  # a user namespace without this user
             os.setgroups([])
-            os.setgid(NOBODY_ID)
-            os.setuid(NOBODY_ID)
+            os.setgid(nobody_id)
+            os.setuid(nobody_id)
 
 
 def main(argv: list[str] | None = None, *, installed: bool = False) -> int:
-    """Run the command line; `installed`: as the command that install.sh puts in place.
+    """Run the command line; return the exit code. `installed`: as the command of install.sh.
 
     Its --check and --once use what the service uses: the installed settings, the unit's
     Environment=, the services that it has seen, and files with the rights of an unprivileged user.
     """
+    try:
+        code = run(argv, installed)
+    except SettingsError as error:
+        set_up_logging("info", "", os.environ)
+        for problem in error.problems:
+            log.error("%s", problem)
+        code = os.EX_CONFIG
+    except KeyboardInterrupt:
+        code = 130
+    except BrokenPipeError:  # the reader of our output has gone
+        code = 1
+    except Exception:
+        log.exception("the agent failed")
+        code = 1
+    for stream in filter(None, (sys.stdout, sys.stderr)):
+        try:
+            stream.flush()  # now, or Python complains at its exit
+        except OSError:
+            code = code or int(stream is sys.stdout)
+            with open(os.devnull, "wb") as null:
+                os.dup2(null.fileno(), stream.fileno())
+    return code
+
+
+def run(argv: list[str] | None, installed: bool) -> int:
     parser = build_parser()
     options = parser.parse_args(argv)
-    if options.env_file == "":
-        parser.error("--env-file needs the name of a file")
     by_hand = options.once or options.check
     if installed and not by_hand and "NOTIFY_SOCKET" not in os.environ:
         parser.error("tinomail-agent.service runs the agent; use --check or --once")
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # a path may hold any bytes
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a path may hold any bytes
     if not by_hand:  # a signal may come before the agent is up
         signal.signal(signal.SIGUSR1, signal.SIG_IGN)
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             signal.signal(number, lambda *_: sys.exit(0))
     environ = unit_environ() if installed and by_hand else os.environ
-    try:
-        config = load_config(
-            environ, options.env_file, need_dashboard=not options.once, installed=installed)
-    except SettingsError as error:
-        set_up_logging("info", "", os.environ)
-        for problem in error.problems:
-            log.error("%s", problem)
-        code = EX_CONFIG
-    else:
-        set_up_logging(config.log_level, config.api_key, os.environ)
-        known: list[str] = []
-        if installed and by_hand:
-            with contextlib.suppress(OSError):
-                known = [*read_services(SERVICE_STATE)]
-            become_nobody()
-        job = functools.partial(run_once if options.once else run_check, known=known)
-        code = run(config, job if by_hand else run_agent)
-    return code if flush_streams() else code or 1
-
-
-def run_agent(config: Config) -> int:
-    for warning in config.warnings:
-        log.warning("%s", warning)
-    if sys.stderr:
-        faulthandler.enable()  # SIGABRT from the watchdog leaves every thread's stack
-    return Agent(config, os.environ).run()
-
-
-def run(config: Config, job: Callable[[Config], int]) -> int:
-    """Do a job; return the exit code."""
-    try:
-        return job(config)
-    except KeyboardInterrupt:
-        return 130
-    except BrokenPipeError:  # the reader of our output has gone
-        return 1
-    except Exception:
-        log.exception("the agent failed")
-        return 1
-
-
-def flush_streams() -> bool:
-    """Flush the output now, or Python complains at its exit; tell whether stdout took it."""
-    is_written = True
-    for stream in filter(None, (sys.stdout, sys.stderr)):
-        try:
-            stream.flush()
-        except OSError:
-            is_written = is_written and stream is not sys.stdout
-            with open(os.devnull, "wb") as null:
-                os.dup2(null.fileno(), stream.fileno())
-    return is_written
+    config = load_config(
+        environ, options.env_file, need_dashboard=not options.once, installed=installed)
+    set_up_logging(config.log_level, config.api_key, os.environ)
+    if not by_hand:
+        for warning in config.warnings:
+            log.warning("%s", warning)
+        if sys.stderr:
+            faulthandler.enable()  # SIGABRT from the watchdog leaves every thread's stack
+        return Agent(config, os.environ).run()
+    known: list[str] = []
+    if installed:
+        with contextlib.suppress(OSError):
+            known = [*read_services(SERVICE_STATE)]
+        become_nobody()
+    if options.check:
+        return run_check(config, known)
+    sample, _ = take_sample(config, known)
+    body = DIALECTS[config.dashboard_api].body(unpack(sample.packed), config.node_id)
+    print(json.dumps(body, indent=2))
+    return 0
 
 
 if __name__ == "__main__":

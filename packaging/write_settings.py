@@ -28,7 +28,7 @@ NODE_AGENT_NAMES = {  # setting of the Node.js agent -> ours
 }
 
 
-def fail(*lines: str, code: int = agent.EX_CONFIG) -> NoReturn:
+def fail(*lines: str, code: int = os.EX_CONFIG) -> NoReturn:
     print(*lines, sep="\n", file=sys.stderr)
     sys.exit(code)
 

@@ -56,10 +56,8 @@ class Node:
     deadline = 0.0
     local_ip = "192.0.2.1"
 
-    def keep(self) -> None:
+    def disconnect(self) -> None:
         pass
-
-    disconnect = keep
 
     def route_ip(self) -> str:
         return self.local_ip

@@ -45,8 +45,8 @@ def test_stat_with_any_comm(comm: str) -> None:
 
 
 @pytest.mark.parametrize("data", [b"", b"1 (a", b"1 (a) S 1 1", b"x (a) S " + b"1 " * 30])
-def test_a_torn_stat_is_a_value_error(data: bytes) -> None:
-    with pytest.raises(ValueError):
+def test_a_torn_stat_cannot_be_read(data: bytes) -> None:
+    with pytest.raises(agent.READ_ERRORS):
         agent.parse_stat(data)
 
 
@@ -184,7 +184,6 @@ def test_threads_that_outlive_the_main_one(proc: FakeProc, clock: FakeClock) -> 
 MAIN_THREAD_ENDS = """
 import ctypes, threading, time
 open("/proc/self/comm", "w").write("mongod")
-block = bytearray(40 << 20)
 threading.Thread(target=time.sleep, args=(300,)).start()
 ctypes.CDLL(None).pthread_exit(None)
 """
@@ -198,7 +197,7 @@ def only(folder: Path, *pids: int) -> str:
 
 
 def test_a_real_process_whose_main_thread_has_ended(tmp_path: Path) -> None:
-    """It reads as a zombie without command line and memory; its other threads run on."""
+    """It reads as a zombie without command line; its other threads run on."""
     process = subprocess.Popen([sys.executable, "-c", MAIN_THREAD_ENDS])
     try:
         stat = Path(f"/proc/{process.pid}/stat")
@@ -207,7 +206,6 @@ def test_a_real_process_whose_main_thread_has_ended(tmp_path: Path) -> None:
         here = only(tmp_path, process.pid)
         found = agent.ProcessTable(here, time.monotonic, unexpected, worker).read()["mongodb"]
         assert (found["status"], found["pid"]) == ("running", process.pid)
-        assert found["memory_mb"] > 40
     finally:
         process.kill()
         process.wait()
@@ -382,11 +380,11 @@ def test_a_wrapper_that_becomes_the_daemon_under_the_same_name(
     assert found[-1] == "running"
 
 
-@pytest.mark.parametrize(("age_s", "at_first"), [(5, agent.LOOK_AGAIN), (9999, 1)])
+@pytest.mark.parametrize(("age_s", "times"), [(5, agent.LOOK_AGAIN), (9999, 1)])
 def test_a_no_is_looked_at_now_and_then(
-    age_s: float, at_first: int, proc: FakeProc, clock: FakeClock
+    age_s: float, times: int, proc: FakeProc, clock: FakeClock
 ) -> None:
-    """A process may call exec() at any time; of most, nothing is read in most samples."""
+    """A process may call exec(), most often when it is young; of most, nothing is read mostly."""
     table = make_table(proc, clock)
     started = time.clock_gettime(time.CLOCK_BOOTTIME) - age_s
     for pid in range(70, 90):
@@ -400,12 +398,11 @@ def test_a_no_is_looked_at_now_and_then(
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(agent, "read_bytes", count)
-        for _ in range(at_first):
-            table.read()
+        table.read()
         read.clear()
         for _ in range(agent.LOOK_AGAIN):
             table.read()
-    assert sum("/1/stat" not in path for path in read) == 20  # each once
+    assert sum("/1/stat" not in path for path in read) == 20 * times
     proc.add(75, "redis-server", b"redis-server *:6379\0")
     found = [table.read()["redis"]["status"] for _ in range(agent.LOOK_AGAIN)]
     assert "running" in found and found[-1] == "running"
@@ -419,19 +416,6 @@ def test_a_node_process_that_changes_its_script_is_seen(
     assert table.read()["wildduck"]["status"] == "not_found"
     proc.add(70, "node", b"node\0/opt/wildduck/server.js\0")
     assert table.read()["wildduck"]["status"] == "running"
-
-
-def test_a_new_process_is_seen_at_once_whatever_its_pid(
-    proc: FakeProc, clock: FakeClock
-) -> None:
-    table = make_table(proc, clock)
-    proc.add(70, "bash", b"bash\0")
-    for _ in range(2 * agent.LOOK_AGAIN + 1):
-        table.read()
-    proc.remove(70)
-    (proc.root / "71").mkdir()  # takes the old directory's inode, if the file system is so minded
-    proc.add(70, "mongod", b"mongod\0", start=200)
-    assert table.read()["mongodb"]["pid"] == 70
 
 
 def test_watched_processes(proc: FakeProc, clock: FakeClock) -> None:
@@ -510,17 +494,6 @@ def test_memory_that_was_charged_elsewhere(
     """A process that was moved into its cgroup later left its pages with the one before."""
     root = tmp_path / "cgroups"
     make_cgroup(root, "system.slice/rspamd.service", "50\n", f"anon {anon}\nfile_mapped 0\n")
-    proc.add(50, "rspamd", cgroup=V2, anon=8 * 1024, shared=1024)
-    table = make_table(proc, clock, cgroup_root=str(root))
-    assert table.read()["rspamd"]["memory_mb"] == 8.0
-
-
-def test_a_cgroup_with_others_below_it_accounts_for_theirs_too(
-    proc: FakeProc, clock: FakeClock, tmp_path: Path
-) -> None:
-    root = tmp_path / "cgroups"
-    make_cgroup(root, "system.slice/rspamd.service", "50\n", "anon 99999744\nfile_mapped 0\n")
-    (root / "system.slice/rspamd.service/another").mkdir()
     proc.add(50, "rspamd", cgroup=V2, anon=8 * 1024, shared=1024)
     table = make_table(proc, clock, cgroup_root=str(root))
     assert table.read()["rspamd"]["memory_mb"] == 8.0

@@ -14,6 +14,7 @@ import sys
 import zlib
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import trustme
@@ -227,26 +228,6 @@ def test_the_same_bytes_each_time(api: str) -> None:
 # --- what is left out
 
 
-@pytest.mark.parametrize("name", ["tcp_established", "tcp_time_wait", "open_files"])
-def test_what_is_too_large_for_a_column_of_4_bytes(name: str) -> None:
-    for value, is_there in ((INT4, True), (INT4 + 1, False)):
-        neutral = {**GOOD, "system": {**GOOD["system"], name: value}}
-        body = rendered(MONITOR, neutral)
-        assert (agent.MONITOR_SYSTEM[name] in body) is is_there
-        assert rendered("v1", neutral)["system"][name] == value
-        with Dashboard(KEY, api=MONITOR) as server:
-            assert post(server, METRICS, body)[0] == 201
-
-
-def test_a_queue_too_large_for_its_column() -> None:
-    figures = {**GOOD["zonemta"], "queued": INT4, "connections": INT4 + 1}
-    request = agent.MONITOR.zonemta({**GOOD, "zonemta": figures}, "mta-01", KEY)
-    assert request
-    left_out = {"queueSize", "connectionsActive"}
-    assert set(agent.MONITOR_QUEUE) - left_out == set(json.loads(request.body)) - {
-        "nodeId", "timestamp"}
-
-
 @pytest.mark.parametrize("api", APIS)
 def test_without_processes_the_rest_is_posted(api: str) -> None:
     body = rendered(api, {k: v for k, v in GOOD.items() if k != "processes"})
@@ -288,7 +269,7 @@ def test_a_sample_from_disk_is_damaged_or_can_be_posted_in_each_dialect(
     "change",
     [{"role": []}, {"processes": []}, {"processes": {"redis": 1}},
      {"processes": {"redis": {}}}, {"zonemta": 7}, {"zonemta": {"connections": "7"}},
-     {"system": {"load_avg": 7}}, {"system": {"open_files": "7"}}, {"system": []}],
+     {"system": {"load_avg": 7}}, {"system": []}],
     ids=str,
 )
 def test_a_sample_from_disk_with_a_part_of_the_wrong_type_is_damaged(change: Any) -> None:
@@ -435,9 +416,13 @@ def test_exit_codes_of_check_for_tls(tmp_path: Path) -> None:
     [(socket.EAI_AGAIN, False), (socket.EAI_NONAME, True), (socket.EAI_FAIL, True)],
 )
 def test_a_name_that_does_not_exist_is_not_mended_by_waiting(
-    number: int, is_lasting: bool
+    number: int, is_lasting: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    answer = agent.no_answer([OSError(), socket.gaierror(number, "name")])
+    look_up = Mock(side_effect=socket.gaierror(number, "name"))
+    monkeypatch.setattr(socket, "getaddrinfo", look_up)
+    request = agent.V1.sample(GOOD, "mta-01", KEY)
+    answer = agent.Transport("https://dashboard.example.com").post(request)
+    assert "the name in DASHBOARD_URL cannot be resolved" in answer.reason
     assert answer.is_lasting is is_lasting
 
 

@@ -199,6 +199,11 @@ def text(data: bytes) -> str:
     return data.decode("utf-8", "replace")
 
 
+def find_cgroup(data: bytes) -> None:
+    with contextlib.suppress(FileNotFoundError):  # it was parsed
+        agent.cgroup_kib(text(data), "/nowhere", {1})
+
+
 SAMPLE = {"timestamp": "2026-01-01T00:00:00.000Z", "role": "haraka", "system": {"cpu_percent": 1.5}}
 CLUSTER = b"Haraka (master)\0\0\0"
 # What is parsed -> how, and real contents of it.
@@ -215,7 +220,7 @@ PARSERS: dict[str, tuple[Callable[[bytes], Any], list[bytes]]] = {
         [proc("self/cgroup"), b"0::/system.slice/wildduck@1.service\n"],
     ),
     "memory cgroup": (
-        lambda data: agent.memory_cgroup(text(data), "/nowhere"),
+        find_cgroup,
         [proc("self/cgroup"), b"0::/system.slice/redis.service\n", b"4:memory:/x\n0::/\n"],
     ),
     "mountinfo": (

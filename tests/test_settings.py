@@ -43,7 +43,7 @@ def test_defaults() -> None:
 
 
 def test_every_row_becomes_a_field() -> None:
-    fields = set(agent.Config.__dataclass_fields__) - {"env_file", "warnings"}
+    fields = set(agent.Config.__dataclass_fields__) - {"env_file", "warnings", "texts"}
     assert fields == {setting.name.lower() for setting in agent.SETTINGS}
 
 
@@ -224,7 +224,6 @@ def test_a_byte_order_mark_is_no_harm(tmp_path: Path) -> None:
         ("DASHBORD_URL=x\n", "line 2: there is no setting DASHBORD_URL; did you mean"),
         ("api_key=x\n", "line 2: unknown setting; did you mean API_KEY?"),
         ("FLAVOUR=x\n", "line 2: there is no setting FLAVOUR; agent.env.example lists"),
-        (b"NODE_ID=\xff\xfe\n", "line 2: is not UTF-8"),
     ],
 )
 def test_a_bad_line_is_told_by_its_number(text: str | bytes, says: str, tmp_path: Path) -> None:
@@ -232,6 +231,15 @@ def test_a_bad_line_is_told_by_its_number(text: str | bytes, says: str, tmp_path
     path = write(tmp_path, head + (text if isinstance(text, bytes) else text.encode()))
     problems = problems_of({"API_KEY": KEY}, path)
     assert any(problem.startswith(f"{path}, {says}") for problem in problems), problems
+
+
+def test_bytes_that_are_not_utf_8(tmp_path: Path) -> None:
+    """In a comment they do no harm, a path may hold them, and any other value is wrong."""
+    path = write(tmp_path, b"# f\xfcr uns\nDISK_PATHS=/m\xfcll\n")
+    assert agent.load_config(GOOD, path).disk_paths == (os.fsdecode(b"/m\xfcll"),)
+    [problem] = problems_of(GOOD, write(tmp_path, b"NODE_ROLE=m\xfcll\n"))
+    assert problem.startswith("NODE_ROLE: must be auto, or a name of 1 to 50 printable")
+    assert "it is 'm?ll'" in problem
 
 
 def test_what_may_be_a_piece_of_the_key_is_not_shown(tmp_path: Path) -> None:
@@ -259,7 +267,7 @@ def test_a_file_of_root_alone(tmp_path: Path) -> None:
     path = write(tmp_path, "API_KEY=k\n")
     os.chmod(path, 0)
     before = os.geteuid()
-    os.seteuid(agent.NOBODY_ID if before == 0 else before)
+    os.seteuid(65534 if before == 0 else before)
     try:
         assert problems_of({}, path) == [f"{path}: cannot be read: Permission denied; use sudo"]
     finally:
@@ -280,12 +288,11 @@ def test_where_the_file_is_looked_for(
     credentials.mkdir()
     (credentials / "agent.env").touch()
     environ = {"CREDENTIALS_DIRECTORY": str(credentials)}
-    assert agent.find_env_file("/x/y", environ) == "/x/y"
-    assert agent.find_env_file(None, environ) == str(credentials / "agent.env")
+    assert agent.find_env_file(environ) == str(credentials / "agent.env")
     (tmp_path / ".agent.env").touch()
-    assert agent.find_env_file(None, {}) == "./.agent.env"
+    assert agent.find_env_file({}) == "./.agent.env"
     (credentials / "agent.env").unlink()
-    assert agent.find_env_file(None, environ) == "./.agent.env"
+    assert agent.find_env_file(environ) == "./.agent.env"
 
 
 def test_a_key_that_others_can_read_gets_a_warning(tmp_path: Path) -> None:
@@ -310,7 +317,7 @@ def run(*args: str, cwd: Path = ROOT, **environ: str) -> subprocess.CompletedPro
 def test_wrong_settings_end_with_78_and_a_line_each(tmp_path: Path) -> None:
     path = write(tmp_path, 'API_KEY="tops3cret\nBUFER_SIZE=5\nCHECK_PORTS=70000\n')
     done = run("--env-file", path, DASHBOARD_URL="http://m.example.com", HEARTBEAT_INTERVAL="0")
-    assert done.returncode == agent.EX_CONFIG == 78
+    assert done.returncode == os.EX_CONFIG == 78
     assert done.stdout == ""
     assert "Traceback" not in done.stderr and "tops3cret" not in done.stderr
     lines = done.stderr.splitlines()
@@ -444,13 +451,16 @@ def test_the_journal_gets_a_priority_for_each_line(
             "WARNING  one", "ERROR    three"]
 
 
-def test_how_a_job_ends(capfd: pytest.CaptureFixture[str]) -> None:
+def test_how_a_job_ends(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     def fail(error: BaseException) -> int:
-        def job(config: agent.Config) -> int:
+        def run(*_: object) -> int:
             raise error
 
+        monkeypatch.setattr(agent, "run", run)
         agent.set_up_logging("info", KEY, {})
-        return agent.run(make_config(), job)
+        return agent.main(["--once"])
 
     assert fail(KeyboardInterrupt()) == 130
     assert fail(BrokenPipeError()) == 1
@@ -561,8 +571,8 @@ def test_the_credential_goes_before_a_file_of_the_current_folder(
         (folder / name).write_text("LOG_LEVEL=debug\n")
     monkeypatch.chdir(tmp_path)
     environ = {"CREDENTIALS_DIRECTORY": str(credentials)}
-    assert agent.find_env_file(None, environ) == str(credentials / "agent.env")
-    assert agent.find_env_file(None, {}) == "./.agent.env"
+    assert agent.find_env_file(environ) == str(credentials / "agent.env")
+    assert agent.find_env_file({}) == "./.agent.env"
 
 
 def test_the_installed_command_gives_up_root() -> None:

@@ -913,7 +913,7 @@ def test_no_sys_block(over: str, why: str) -> None:
 def scene_vanishing(folder: str, after: str) -> dict[str, Any]:
     """End a process just after this was read of it; "listing": after the listing of /proc."""
     plug_in()
-    listing, reading = agent.ProcessTable._list, agent.read_bytes
+    listing, reading = os.listdir, agent.read_bytes
     running: list[subprocess.Popen[bytes]] = []
     ended: list[int] = []
 
@@ -924,9 +924,9 @@ def scene_vanishing(folder: str, after: str) -> dict[str, Any]:
             daemon.wait()
             ended.append(daemon.pid)
 
-    def list_and_end(table: agent.ProcessTable) -> list[tuple[int, int]]:
-        found = listing(table)
-        end_if(lambda pid: after == "listing")
+    def list_and_end(path: str) -> list[str]:
+        found = listing(path)
+        end_if(lambda pid: after == "listing" and path == "/proc")
         return found
 
     def read_and_end(path: str, limit: int = -1) -> bytes:
@@ -934,7 +934,7 @@ def scene_vanishing(folder: str, after: str) -> dict[str, Any]:
         end_if(lambda pid: path == f"/proc/{pid}/{after}")
         return found
 
-    with mock.patch.object(agent.ProcessTable, "_list", list_and_end), \
+    with mock.patch.object(os, "listdir", list_and_end), \
             mock.patch.object(agent, "read_bytes", read_and_end):
         seen = samples(primed=lambda: running.append(start_daemon(folder)))
     return {**seen, "ended": ended}

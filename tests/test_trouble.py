@@ -256,12 +256,12 @@ def test_iowait_and_steal_as_mpstat() -> None:
 
 
 def test_iowait_and_steal_of_all_cores_together(tmp_path: Path) -> None:
-    reader = agent.CpuReader(str(tmp_path), time.monotonic)
+    meter = agent.Meter(time.monotonic)
     # user nice system idle iowait irq softirq steal
     (tmp_path / "stat").write_text("cpu0 0 0 0 0 0 0 0 0 0 0\ncpu1 0 0 0 500 0 0 0 0 0 0\n")
-    assert reader.read()["cpu_steal_percent"] is None
+    assert agent.read_cpu(str(tmp_path), meter)["cpu_steal_percent"] is None
     (tmp_path / "stat").write_text("cpu0 0 0 0 600 200 0 0 0 0 0\ncpu1 0 0 0 1200 0 0 0 96 0 0\n")
-    found = reader.read()
+    found = agent.read_cpu(str(tmp_path), meter)
     assert (found["cpu_iowait_percent"], found["cpu_steal_percent"]) == (12.5, 6.0)
     assert found["cpu_percent"] == 6.0  # steal is no idle time, iowait is
 
@@ -312,13 +312,13 @@ def stalled_us(name: str) -> int:
 def test_pressure_as_the_kernel_under_a_load() -> None:
     if not Path("/proc/pressure").is_dir():
         pytest.skip("this kernel does not measure pressure")
-    reader = agent.PressureReader("/proc", time.monotonic)
+    meter = agent.Meter(time.monotonic)
 
     def measure(seconds: float) -> tuple[dict[str, float], dict[str, float]]:
-        reader.read()
+        agent.read_pressure("/proc", meter)
         started, before = time.monotonic(), {n: stalled_us(n) for n in ("cpu", "memory", "io")}
         time.sleep(seconds)
-        found = reader.read()["pressure"]
+        found = agent.read_pressure("/proc", meter)["pressure"]
         lasted = time.monotonic() - started
         truth = {n: (stalled_us(n) - old) / lasted / 1e4 for n, old in before.items()}
         return found, truth
@@ -350,7 +350,7 @@ def test_pressure_as_the_kernel_under_a_load() -> None:
 def test_pressure_that_went_backwards_gives_no_value(tmp_path: Path) -> None:
     (tmp_path / "pressure").mkdir()
     now = 0.0
-    reader = agent.PressureReader(str(tmp_path), lambda: now)
+    meter = agent.Meter(lambda: now)
 
     def read(**totals: int) -> Any:
         nonlocal now
@@ -360,7 +360,7 @@ def test_pressure_that_went_backwards_gives_no_value(tmp_path: Path) -> None:
                 f"some avg10=0.00 avg60=0.00 avg300=0.00 total={total}\n"
                 f"full avg10=0.00 avg60=0.00 avg300=0.00 total=7\n"
             )
-        return reader.read()
+        return agent.read_pressure(str(tmp_path), meter)
 
     assert read(cpu=0, io=5_000_000) == {"pressure": None}  # the first reading: no base
     assert read(cpu=2_500_000, io=6_000_000) == {"pressure": {"cpu": 25.0, "io": 10.0}}
@@ -447,7 +447,7 @@ def test_check_shows_what_is_in_trouble(deaf_port: int) -> None:
     body = body_of(collector)
     for row in body["system"]["disks"]:
         row.update(read_only=True, inodes_used_percent=100.0)
-    lines = agent.describe_sample(body)
+    lines = list(agent.describe_sample(body))
     assert [line for line in lines if "inodes_used_percent 100.0" in line
             and "read_only yes" in line]
     waiting = body["accept_queue"][f"port_{deaf_port}"]

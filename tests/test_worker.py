@@ -74,7 +74,7 @@ def test_what_hangs_is_named_once_and_not_called_again_until_it_returns(
 ) -> None:
     caplog.set_level("INFO", "tinomail_agent")
     fifo = Fifo(tmp_path, "stuck")
-    worker = agent.Worker(0.4, agent.Problems())
+    worker = agent.Worker(3.0, agent.Problems())
     calls = {"first": quick(1), "the stuck one": fifo.read, "last": quick(3)}
     for round_no in range(3):
         started = time.monotonic()

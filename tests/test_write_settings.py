@@ -79,7 +79,7 @@ def test_any_key_is_read_back_equal(env_file: Path, key: str) -> None:
 ])
 def test_what_is_wrong_is_said(env_file: Path, options: list[str], says: str) -> None:
     run = Run(env_file, *options)
-    assert (run.code, says in run.said) == (agent.EX_CONFIG, True), run.said
+    assert (run.code, says in run.said) == (os.EX_CONFIG, True), run.said
     assert "s3cret" not in run.said
     assert env_file.read_text() == GOOD
 
@@ -87,7 +87,7 @@ def test_what_is_wrong_is_said(env_file: Path, options: list[str], says: str) ->
 def test_a_file_that_is_wrong_already(env_file: Path) -> None:
     env_file.write_text(f"{GOOD}NODE_ROLL=redis\n")
     run = Run(env_file, "--set=NODE_ROLE=redis")
-    assert run.code == agent.EX_CONFIG
+    assert run.code == os.EX_CONFIG
     assert f"{env_file}, line 6: there is no setting NODE_ROLL" in run.said
 
 

@@ -76,6 +76,13 @@ def install(folder: Path) -> None:
     subprocess.run([*compiler, str(folder)], check=True)
 
 
+def unit_environ() -> dict[str, str]:
+    """Return what the unit sets by Environment=."""
+    lines = (ROOT / "tinomail-agent.service").read_text().splitlines()
+    pairs = [line.split("=", 2)[1:] for line in lines if line.startswith("Environment=")]
+    return dict(pairs)
+
+
 @dataclass(frozen=True)
 class Post:
     """One POST as the sink noted it."""
@@ -156,6 +163,7 @@ class Agent:
             "PATH": os.defpath, "LANG": "C.UTF-8", "PYTHONNOUSERSITE": "1",
             "CREDENTIALS_DIRECTORY": str(folder), "STATE_DIRECTORY": str(state),
             "NOTIFY_SOCKET": str(notify), "BENCH_HEARTBEAT_MS": str(heartbeat_ms),
+            **unit_environ(),
         }
         name = "tinomail-agent" if heartbeat_ms >= 1000 else "tinomail-agent-fast"
         self.started_at = time.monotonic()

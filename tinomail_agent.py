@@ -2427,11 +2427,12 @@ class ProcessTable:
         """Read the processes that are due, but not their command lines."""
         self._round += 1
         before, self._known = self._known, {}
+        old_ticks = (time.clock_gettime(time.CLOCK_BOOTTIME) - OLD_PROCESS_S) * CLOCK_TICKS
         looked = []
         for pid in map(int, filter(str.isdigit, os.listdir(self.proc))):
             known = before.get(pid)
             if (known and (self._round + pid) % LOOK_AGAIN and not known.candidates
-                    and not known.service and age_s(known.stat) > OLD_PROCESS_S):
+                    and not known.service and known.stat.start_ticks < old_ticks):
                 self._known[pid] = known
                 continue
             with contextlib.suppress(*ENDED):

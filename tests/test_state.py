@@ -282,7 +282,7 @@ def test_a_smaller_buffer_keeps_the_newest(
     assert "dropped 10 saved samples: BUFFER_SIZE=10 is too small" in said(caplog)
 
 
-def test_what_an_earlier_run_left_too_much_is_not_the_dashboards_fault(
+def test_what_an_earlier_run_left_too_much_and_a_new_sample_then_drops(
     folder: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     save_20(folder)
@@ -290,7 +290,9 @@ def test_what_an_earlier_run_left_too_much_is_not_the_dashboards_fault(
     site.beat(3)
     assert site.counters.waiting == 0
     assert [line for line in said(caplog) if "dropped" in line] == [
-        "dropped 10 saved samples: BUFFER_SIZE=10 is too small"
+        "dropped 10 saved samples: BUFFER_SIZE=10 is too small",
+        "the oldest samples are dropped: more than BUFFER_SIZE=10 wait",
+        "no more samples are dropped (11 dropped so far)",
     ]
 
 

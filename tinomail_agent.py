@@ -396,7 +396,7 @@ class Collector:
             if found := self._try(name, reader):
                 body[part] = found
         role = self._config.node_role
-        role = body["role"] = self._seen.role() if role == "auto" else role
+        body["role"] = self._seen.role() if role == "auto" else role
         body["seen"] = self._seen.services()
         own_memory = self._try("rss_bytes", lambda: {"rss_bytes": own_rss_bytes()})
         self._log_readable()
@@ -408,7 +408,7 @@ class Collector:
             "collect_errors": self.collect_errors,
             **self._agent_figures(),
         }
-        return Sample(int(taken * 1000), role, pack(body))
+        return Sample(int(taken * 1000), pack(body))
 
     def _read_files(self, *names: str) -> dict[str, Callable[[], dict[str, Any]]]:
         """Call these readers in the worker; return name -> what returns or raises its result."""
@@ -481,7 +481,6 @@ class Sample:
     """One sample, on its way from the collector to the dashboard."""
 
     seq: int  # the time at which it was taken, in ms since 1970; unique in a buffer
-    role: str  # of the node at that time
     packed: bytes  # JSON compressed by zlib; the same for every dialect, without the node id
 
 
@@ -500,9 +499,9 @@ class Counters:
 class Buffer:
     """The undelivered samples: a ring in memory, its copy on disk, and a queue of wake-ups.
 
-    A full ring drops its oldest sample, but never the one that is being posted. With a State,
-    save() copies the ring to STATE_DIRECTORY. A Worker does so: a disk that hangs is waited for
-    once, then the samples stay in memory until it answers.
+    A full ring drops its oldest sample. With a State, save() copies the ring to STATE_DIRECTORY.
+    A Worker does so: a disk that hangs is waited for once, then the samples stay in memory until
+    it answers.
     """
 
     def __init__(self, size: int, state: State | None = None) -> None:
@@ -518,7 +517,6 @@ class Buffer:
         self._ring: dict[int, Sample] = {}  # by seq, oldest first
         self._files: set[int] = set()  # the seq of each file on disk
         self._save_until = 0  # samples up to this seq must be on disk
-        self._in_flight: int | None = None  # the sample that is being posted
         self._last_seq = 0
         self._count = dict.fromkeys(("sampled", "loaded", "delivered", "refused", "dropped"), 0)
 
@@ -537,7 +535,7 @@ class Buffer:
 
     def _make_room(self) -> None:
         while len(self._ring) > self._size:
-            del self._ring[next(seq for seq in self._ring if seq != self._in_flight)]
+            del self._ring[next(iter(self._ring))]
             self._count["dropped"] += 1
 
     def close(self) -> None:
@@ -570,18 +568,12 @@ class Buffer:
         with self._lock:
             return self._ring.get(seq)
 
-    def begin_post(self, sample: Sample) -> None:
-        """Keep a full ring from dropping this sample until settle()."""
+    def settle(self, sample: Sample, outcome: str) -> None:
+        """Remove a sample that was `delivered` or `refused`."""
         with self._lock:
-            self._in_flight = sample.seq
-
-    def settle(self, sample: Sample, *, delivered: bool = False, refused: bool = False) -> None:
-        """End the protection of begin_post(); remove the sample if delivered or refused."""
-        with self._lock:
-            self._in_flight = None
-            if sample.seq in self._ring and (delivered or refused):
-                del self._ring[sample.seq]
-                self._count["delivered" if delivered else "refused"] += 1
+            if not self._ring.pop(sample.seq, None):  # the full ring dropped it meanwhile
+                self._count["dropped"] -= 1
+            self._count[outcome] += 1
         self._sync()
 
     # - the copy on disk
@@ -612,8 +604,9 @@ class Buffer:
         assert self._state is not None
         if not self._is_loaded:
             self._read_files(self._state)
-        has_worked = has_failed = False
-        for seq in self._due_files():
+        failure: OSError | None = None
+        due = self._due_files()
+        for seq in due:
             sample = self.get(seq)
             try:
                 if sample:
@@ -621,22 +614,21 @@ class Buffer:
                 else:
                     self._state.remove(seq)
             except OSError as error:
-                problem = f"cannot write undelivered samples to disk: {_reason(error)}"
-                self._disk_problems.begin("disk", problem)
-                has_failed = True
+                failure = error
                 if sample:
                     break  # the next write would fail too; the next removal may not
             else:
-                has_worked = True
                 note = self._files.add if sample else self._files.discard
                 with self._lock:
                     note(seq)
-        if has_worked and not has_failed:
+        if failure:
+            problem = f"cannot write undelivered samples to disk: {_reason(failure)}"
+            self._disk_problems.begin("disk", problem)
+        elif due:
             self._disk_problems.end("disk", "writing undelivered samples to disk again")
 
     def _read_files(self, state: State) -> None:
-        found = state.load(self._files)
-        new = {sample.seq: sample for sample in found.samples}
+        new = {sample.seq: sample for sample in state.load(self._files)}
         with self._lock:
             self._files |= new.keys()
             self._ring = dict(sorted({**new, **self._ring}.items()))
@@ -644,17 +636,15 @@ class Buffer:
             self._count["loaded"] += len(new)
             dropped = len(self._ring) - self._size
             self._make_room()
-        self._is_loaded = not found.unread
+        self._is_loaded = not state.unread
         if new:
             log.info("loaded %d undelivered samples from the last run", len(new))
         if dropped > 0:
             log.warning(
                 "dropped %d saved samples: BUFFER_SIZE=%d is too small", dropped, self._size
             )
-        if found.damaged:
-            log.warning("deleted %d damaged sample files (a power cut?)", found.damaged)
-        if found.unread:
-            self._disk_problems.begin("read", f"cannot read saved samples: {found.unread}")
+        if state.unread:
+            self._disk_problems.begin("read", f"cannot read saved samples: {state.unread}")
         else:
             self._disk_problems.end("read", "all saved samples are read")
 
@@ -665,8 +655,7 @@ class Buffer:
 class Sender:
     """Registers the node and delivers what is in the buffer; used by one thread only.
 
-    A new sample is the heartbeat: it is posted first, with up to three retries unless the
-    dashboard is known to be down. Each success lets up to 10 of the oldest samples follow.
+    A new sample is the heartbeat. Each that is delivered lets up to 10 of the oldest follow.
     """
 
     def __init__(
@@ -694,7 +683,6 @@ class Sender:
         self._heartbeats = Tries()  # at all heartbeats since the last one that was delivered
         self._down_since = math.inf  # when a heartbeat failed with all its retries
         self._tries: dict[int, Tries] = {}  # by seq: at samples that come after all others
-        self._deliveries = 0
         self._last = Answer(0)
         self._dropped = 0  # how many samples the full ring had dropped
         self._refused_logged = 0  # how many refused samples the log has named
@@ -762,12 +750,10 @@ class Sender:
         """Post the first sample of the plan, and plan what its outcome asks for."""
         is_heartbeat = sample.seq == self._heartbeat_seq
         neutral = unpack(sample.packed)
-        self._buffer.begin_post(sample)
         post = self._deliver if is_heartbeat else self._post
         verdict = post(sample, neutral)
         if verdict.outcome is Outcome.DELIVERED:
-            self._buffer.settle(sample, delivered=True)
-            self._deliveries += 1
+            self._buffer.settle(sample, "delivered")
             if is_heartbeat:
                 self._plan = self._buffer.oldest(DRAIN_PER_SUCCESS, postponed=self._tries)
                 self._report_recovery()
@@ -776,20 +762,18 @@ class Sender:
             return
         tries = self._heartbeats if is_heartbeat else self._tries.setdefault(sample.seq, Tries())
         tries.failures += verdict.outcome is Outcome.RETRY
-        is_refused = self._count_strike(sample, verdict, tries.failures) >= STRIKES
-        self._buffer.settle(sample, refused=is_refused)
-        self._buffer.save()
-        if is_refused:
+        if self._count_strike(sample, verdict, tries.failures) >= STRIKES:
             self._refusal = verdict
+            self._buffer.settle(sample, "refused")
         else:
             self._plan_retry(verdict, tries, is_heartbeat)
+        self._buffer.save()
 
     def _plan_retry(self, verdict: Verdict, tries: Tries, is_heartbeat: bool) -> None:
         """Plan a retry of this sample; if there is none, log why.
 
-        Without a retry, a heartbeat gives way to the next new sample: the dashboard is down. An
-        old sample comes after all others; the next old one follows at once if the dashboard
-        itself refused this one.
+        A heartbeat then gives way to the next new sample. An old sample comes after all others;
+        the next old one follows at once if the dashboard itself refused this one.
         """
         if verdict.outcome is Outcome.RETRY and self._down_since == math.inf:
             pause = backoff_s(tries.failures, self._jitter())
@@ -808,16 +792,16 @@ class Sender:
     def _count_strike(self, sample: Sample, verdict: Verdict, failures: int) -> int:
         """Return the strikes of a sample; count one more if the dashboard rejects it alone.
 
-        The dashboard refused it twice in a row, or its retries are used up and ended in an error
-        of the dashboard itself (a 5xx with JSON); and another sample was delivered since its last
-        strike.
+        It refused the sample twice in a row, or the last retry ended in an error of its own; and
+        another sample was delivered since the last strike.
         """
         is_round_over = failures > len(BACKOFF_S) or self._down_since < math.inf
         is_rejected = verdict.outcome is Outcome.REFUSED or (verdict.is_own_error and is_round_over)
         tries = self._tries.get(sample.seq, Tries())
-        if is_rejected and self._deliveries > tries.deliveries:
+        delivered = self._buffer.counters().delivered
+        if is_rejected and delivered > tries.deliveries:
             tries.strikes += 1
-            tries.deliveries = self._deliveries
+            tries.deliveries = delivered
             self._tries[sample.seq] = tries
         return tries.strikes
 
@@ -881,10 +865,9 @@ class Sender:
         self._quiet_until = self._retry_after_end(verdict, answer)
         return verdict
 
-    def _exchange(self, request: Request, judge_answer: Judge) -> tuple[Verdict, Answer]:
-        """Send a request, and judge the answer."""
+    def _exchange(self, request: Request, judge: Callable[..., Verdict]) -> tuple[Verdict, Answer]:
         self._last = answer = self._transport.post(request, self.stop_by - self._clock())
-        verdict = judge_answer(answer, self._config.api_key, self._dialect.hints)
+        verdict = judge(answer, self._config.api_key, self._dialect.hints)
         if verdict.outcome is Outcome.DELIVERED:
             self._note_clock(answer)
         else:
@@ -900,10 +883,7 @@ class Sender:
         return self._clock() + pause + self._jitter() * min(pause, self._config.interval_s)
 
     def _post_zonemta(self, neutral: Neutral) -> None:
-        """Post ZoneMTA's figures where the dialect has an address of their own for them.
-
-        They are posted once: the next sample brings newer ones. A failure holds up no sample.
-        """
+        """Post ZoneMTA's figures, once, where the dialect has an address of their own for them."""
         request = self._dialect.zonemta(neutral, self._node_id, self._config.api_key)
         if request is None or not self._fits():
             return
@@ -972,7 +952,7 @@ class Sender:
         counters, last = self._buffer.counters(), self._last
         figures = f"{counters.delivered} sent, {counters.waiting} waiting"
         is_down = self._down_since < math.inf
-        if not is_down and not self._deliveries:
+        if not is_down and not counters.delivered:
             return f"starting: {figures}"
         figures += f", last {last.status or 'unanswered'} in {1000 * last.took_s:.0f} ms"
         return f"{'not delivering' if is_down else 'ok'}: {figures}"
@@ -1183,7 +1163,7 @@ class Tries:
 
     failures: int = 0  # of an attempt and its retries, until they are used up
     strikes: int = 0  # how often the dashboard rejected this sample, and accepted others between
-    deliveries: int = 0  # Sender._deliveries when the last strike was counted
+    deliveries: int = 0  # how many samples had been delivered at the last strike
 
 
 def parse_json(body: bytes) -> dict[str, Any] | None:
@@ -1247,8 +1227,6 @@ RULES = (
     Rule(range(500, 600), Outcome.RETRY),
     Rule(range(1000), Outcome.KEPT),
 )
-
-Judge = Callable[["Answer", str, "tuple[Rule, ...]"], Verdict]
 
 
 def judge(answer: Answer, key: str, hints: tuple[Rule, ...] = ()) -> Verdict:
@@ -1806,18 +1784,9 @@ def no_answer(error: BaseException) -> Answer:
 
 # --- state on disk -----------------------------------------------------------------------
 
-
 STATE_DIRECTORY = "STATE_DIRECTORY"  # its name in the log when it hangs
 FILE_LIMIT_BYTES = 64 * 1024  # of a file with a sample; of the JSON in it: 16 times that
 SAMPLE_FILE = re.compile(r"(\d{12}|[1-9]\d{12,17})\.sample")
-
-
-class SavedSamples(NamedTuple):
-    """What was found in STATE_DIRECTORY."""
-
-    samples: list[Sample]  # oldest first
-    damaged: int  # files that were none, and were deleted
-    unread: str  # why some could not be read now, "" if all could
 
 
 class State:
@@ -1830,21 +1799,24 @@ class State:
     def __init__(self, folder: str) -> None:
         self._buffer = os.path.join(folder, "buffer")
         self._new = os.path.join(self._buffer, "new")  # the file that is being written
+        self.unread = ""  # why load() could not read some files, "" if it could
 
-    def load(self, known: Iterable[int] = ()) -> SavedSamples:
+    def load(self, known: Iterable[int] = ()) -> list[Sample]:
         """Read the samples that are not known. Delete damaged files, leave unreadable ones."""
-        samples, damaged, unread = [], 0, ""
+        samples, damaged, self.unread = [], 0, ""
         try:
             with os.scandir(self._buffer) as entries:
                 names = [entry.name for entry in entries if entry.is_file(follow_symlinks=False)]
+        except FileNotFoundError:
+            names = []
         except OSError as error:
-            return SavedSamples([], 0, "" if error.errno == errno.ENOENT else _reason(error))
+            names, self.unread = [], _reason(error)
         seqs = {int(name.split(".")[0]) for name in names if SAMPLE_FILE.fullmatch(name)}
         for seq in sorted(seqs.difference(known)):
             try:
                 packed = read_bytes(self._path(seq), FILE_LIMIT_BYTES)
             except OSError as error:
-                unread = _reason(error)
+                self.unread = _reason(error)
                 continue
             if sample := read_sample(seq, packed):
                 samples.append(sample)
@@ -1852,7 +1824,9 @@ class State:
                 with contextlib.suppress(OSError):
                     self.remove(seq)
                     damaged += 1
-        return SavedSamples(samples, damaged, unread)
+        if damaged:
+            log.warning("deleted %d damaged sample files (a power cut?)", damaged)
+        return samples
 
     def write(self, sample: Sample) -> None:
         """Write a sample so that it is there as a whole or not at all. Raises OSError."""
@@ -1878,7 +1852,7 @@ def read_sample(seq: int, packed: bytes) -> Sample | None:
             dialect.register(neutral, "", "", "")
             dialect.sample(neutral, "", "")
             dialect.zonemta(neutral, "", "")
-        return Sample(seq, neutral["role"], packed)
+        return Sample(seq, packed)
     except Exception:  # whatever a file may hold: it must not stop the start
         return None
 
@@ -3483,7 +3457,7 @@ def try_dashboard(config: Config, transport: Transport, sample: Sample) -> tuple
     words = f"{verdict}"
     if verdict.outcome is Outcome.DELIVERED:
         node_id = dialect.confirmed_id(answer.body) or config.node_id
-        words = f"registered as {printable(node_id, key)} (role {sample.role}, address {ip})"
+        words = f"registered as {printable(node_id, key)} (role {neutral['role']}, address {ip})"
         neutral.pop("agent")  # this process is not the service
         answer = transport.post(dialect.sample(neutral, node_id, key))
         verdict = judge(answer, key, dialect.hints)

@@ -71,7 +71,7 @@ class Node:
     def take_sample(self) -> float:
         """Put a sample into the buffer; return the seconds to the next."""
         self.seq += 1
-        self.buffer.put(agent.Sample(self.seq, "unknown", self._fleet.packed))
+        self.buffer.put(agent.Sample(self.seq, self._fleet.packed))
         pause, self.pause = self.pause, BEAT_S
         return pause
 

@@ -245,7 +245,6 @@ NEW_LINES = (
     'raise ValueError("new text")',
     'raise SettingsError(["new text"])',
     'self._worker.run({"new text": call})',
-    'return SavedSamples([], 0, "new text" if x else "")',
 )
 
 

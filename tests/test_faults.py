@@ -153,7 +153,7 @@ class Scene:
             yield process
             assert process.stop() == 0, process.output
             self.saved = {agent.unpack(sample.packed)["timestamp"]
-                          for sample in agent.State(str(self.folder / "state")).load().samples}
+                          for sample in agent.State(str(self.folder / "state")).load()}
             assert len(self.saved) >= process.counters()["waiting"]
         finally:
             if process.process.poll() is None:

@@ -80,7 +80,7 @@ def buffer_kib() -> float:
     try:
         buffer = agent.Buffer(100)
         for seq, sample in enumerate(samples, 1):
-            buffer.put(agent.Sample(seq, "wildduck", agent.pack(sample)))
+            buffer.put(agent.Sample(seq, agent.pack(sample)))
         waiting = buffer.counters().waiting
         held, _ = tracemalloc.get_traced_memory()
     finally:

@@ -21,15 +21,15 @@ if older samples still wait. A sample is lost when
     the ring is full: it is counted as dropped
     the dashboard rejects it five times, and accepts others in between: counted as refused
     its file is damaged: logged
-    the agent is killed, or stops with a disk that fails, before it has a file
+    it has no file yet, and the agent is killed, or stops while the disk fails
     the power fails: files are not synced
 
-To add a metric:   a reader in Collector._make_readers(); v1 sends it as it is, MONITOR_SYSTEM
-                   names it for tinomail-monitor. A column of disks or processes: LATER_COLUMNS
+To add a metric:   a reader in Collector._make_readers(), which is enough for v1; MONITOR_SYSTEM
+                   for tinomail-monitor. A new column of disks or processes: LATER_COLUMNS
        a service:  SERVICES and the tables below it; MONITOR_PROCESSES, MONITOR_ROLES
        a setting:  a field of Config
-       a status:   a row of RULES, above the rows that fit too: the first one that fits counts.
-                   For one dialect only: a row of its hints
+       a status:   (of an answer) a row of RULES; the first row that fits counts. For one
+                   dialect only: a row of its hints
 
 This file, from the top:
 
@@ -133,7 +133,7 @@ CLOCK_AGREES = 20  # the problem with the clock ends after so many good answers 
 REFUSED_LOG_S = 3600.0  # between two lines about refused samples
 CRASH_PAUSE_S = 10.0
 SUPERVISE_S = 1.0
-HANG_AFTER_S = 15.0  # a thread hangs if it is overdue by this or the watchdog's time, if longer
+HANG_AFTER_S = 15.0  # overdue by this, or by the watchdog's time if longer: the thread hangs
 MIB = 1024 * 1024
 
 log = logging.getLogger("tinomail_agent")
@@ -223,10 +223,10 @@ class Agent:
         interval = self._config.interval_s
         self._guarded(self._collector.prime)
         due = time.monotonic() + PRIME_S
-        pause = second_pause_s(self._config.node_id, interval)
+        pause = first_pause_s(self._config.node_id, interval)
         while not self._stop.wait(max(0.0, due - time.monotonic())):
             self._guarded(self._take_sample)
-            # next_tick() adds one interval: the second pause alone differs from it.
+            # next_tick() adds one interval; only the first pause is another one.
             due = next_tick(due + pause - interval, time.monotonic(), interval)
             pause = interval
             if self._stop.wait(min(SAVE_AFTER_S, max(0.0, due - time.monotonic()) / 2)):
@@ -249,7 +249,7 @@ class Agent:
         else:
             self._clock_problem.end("clock", "the clock is set: taking samples")
             self._buffer.put(self._collector.collect())
-        # second_pause_s() is at most one and a half intervals.
+        # first_pause_s() is at most one and a half intervals.
         self._collector_due = time.monotonic() + 1.5 * self._config.interval_s
 
     # - supervision
@@ -411,7 +411,7 @@ class Collector:
         return Sample(int(taken * 1000), pack(body))
 
     def _read_files(self, *names: str) -> dict[str, Callable[[], dict[str, Any]]]:
-        """Call these readers in the worker; return name -> what returns or raises its result."""
+        """Call these readers in the worker; return name -> a call that gives its result."""
         paths = {name: LXCFS_FILES[name] for name in names if name in self.readers}
         answers = self._files.run({path: self.readers[name] for name, path in paths.items()})
         return {n: functools.partial(Worker.result, answers, path) for n, path in paths.items()}
@@ -521,7 +521,7 @@ class Buffer:
         self._count = dict.fromkeys(("sampled", "loaded", "delivered", "refused", "dropped"), 0)
 
     def put(self, sample: Sample) -> None:
-        """Add a new sample and wake the sender. While others wait, or may, save it first."""
+        """Add a sample, wake the sender. Save it first if others wait, or may be on disk."""
         with self._lock:
             is_behind = bool(self._ring) or not self._is_loaded
             sample = dataclasses.replace(sample, seq=max(sample.seq, self._last_seq + 1))
@@ -571,9 +571,8 @@ class Buffer:
     def settle(self, sample: Sample, outcome: str) -> None:
         """Remove a sample that was `delivered` or `refused`."""
         with self._lock:
-            if not self._ring.pop(sample.seq, None):  # the full ring dropped it meanwhile
-                self._count["dropped"] -= 1
-            self._count[outcome] += 1
+            if self._ring.pop(sample.seq, None):  # else the full ring has dropped it meanwhile
+                self._count[outcome] += 1
         self._sync()
 
     # - the copy on disk
@@ -603,7 +602,7 @@ class Buffer:
         """Read the files once, then remove and write what is due. Runs in the worker."""
         assert self._state is not None
         if not self._is_loaded:
-            self._read_files(self._state)
+            self._load_files(self._state)
         failure: OSError | None = None
         due = self._due_files()
         for seq in due:
@@ -627,7 +626,7 @@ class Buffer:
         elif due:
             self._disk_problems.end("disk", "writing undelivered samples to disk again")
 
-    def _read_files(self, state: State) -> None:
+    def _load_files(self, state: State) -> None:
         new = {sample.seq: sample for sample in state.load(self._files)}
         with self._lock:
             self._files |= new.keys()
@@ -655,7 +654,7 @@ class Buffer:
 class Sender:
     """Registers the node and delivers what is in the buffer; used by one thread only.
 
-    A new sample is the heartbeat. Each that is delivered lets up to 10 of the oldest follow.
+    The newest sample is the heartbeat. If it is delivered, up to 10 of the oldest follow.
     """
 
     def __init__(
@@ -681,8 +680,8 @@ class Sender:
         self._register_after = -math.inf  # no other registration before
         self.stop_by = math.inf  # no attempt begins that would not end by then
         self._heartbeats = Tries()  # at all heartbeats since the last one that was delivered
-        self._down_since = math.inf  # when a heartbeat failed with all its retries
-        self._tries: dict[int, Tries] = {}  # by seq: at samples that come after all others
+        self._down_since = math.inf  # when a heartbeat had no retry left; inf: not down
+        self._tries: dict[int, Tries] = {}  # by seq: at samples that failed, and come last
         self._last = Answer(0)
         self._dropped = 0  # how many samples the full ring had dropped
         self._refused_logged = 0  # how many refused samples the log has named
@@ -691,10 +690,10 @@ class Sender:
         self._clock_agrees = 0
         self.clock_offset_s: int | None = None  # this node's clock minus the dashboard's
         self.crashes = 0
-        self._due = math.inf  # when the pause after the last good step ends, or a step began
+        self._due = math.inf  # when the next step is due, or the one that runs has begun
 
     def run(self) -> None:
-        """Deliver until the buffer is closed; then the newest, and those that it lets follow."""
+        """Deliver until the buffer is closed; then the newest, and up to 10 of the oldest."""
         self._guarded(self._buffer.load)
         self._dropped = self._buffer.counters().dropped
         while not self._buffer.is_closed:
@@ -722,7 +721,7 @@ class Sender:
         return max(self._due, self._transport.deadline)
 
     def step(self) -> float:
-        """Make the attempt that is due; return the seconds until the next without a new sample."""
+        """Make the attempt that is due; return how long to wait, at most, for a new sample."""
         self._report_losses()
         newest = self._buffer.newest()
         if newest is None:
@@ -770,7 +769,7 @@ class Sender:
         self._buffer.save()
 
     def _plan_retry(self, verdict: Verdict, tries: Tries, is_heartbeat: bool) -> None:
-        """Plan a retry of this sample; if there is none, log why.
+        """Plan a retry, unless Retry-After asks for a longer pause; without one, log why.
 
         A heartbeat then gives way to the next new sample. An old sample comes after all others;
         the next old one follows at once if the dashboard itself refused this one.
@@ -790,13 +789,13 @@ class Sender:
             self._report("drain", "cannot deliver an old sample", verdict)
 
     def _count_strike(self, sample: Sample, verdict: Verdict, failures: int) -> int:
-        """Return the strikes of a sample; count one more if the dashboard rejects it alone.
+        """Return the strikes of a sample; count one more if the dashboard rejects this one only.
 
-        It refused the sample twice in a row, or the last retry ended in an error of its own; and
-        another sample was delivered since the last strike.
+        It refused the sample twice in a row, or answered 5xx in JSON with no retry left; and it
+        has accepted another one since the last strike.
         """
-        is_round_over = failures > len(BACKOFF_S) or self._down_since < math.inf
-        is_rejected = verdict.outcome is Outcome.REFUSED or (verdict.is_own_error and is_round_over)
+        is_last_try = failures > len(BACKOFF_S) or self._down_since < math.inf
+        is_rejected = verdict.outcome is Outcome.REFUSED or (verdict.is_own_error and is_last_try)
         tries = self._tries.get(sample.seq, Tries())
         delivered = self._buffer.counters().delivered
         if is_rejected and delivered > tries.deliveries:
@@ -829,7 +828,7 @@ class Sender:
         self._own_id = self._own_id or host_name()
         if not self._own_id:
             return Verdict(Outcome.KEPT, problem="the host name is not set yet (or set NODE_ID)")
-        # Before the first registration, the kept address may belong to another dashboard address.
+        # Before the first registration, local_ip may be that of the last dashboard address.
         known_ip = self._transport.local_ip if self._node_id else None
         ip = known_ip or self._transport.route_ip()
         request = self._registration(neutral, ip)
@@ -847,7 +846,7 @@ class Sender:
         else:
             self._quiet_until = self._retry_after_end(verdict, answer)
         problem = f"registration: {verdict.problem}"
-        # Not an error of its own: a registration that fails is no strike against the sample.
+        # A registration that fails is no strike against the sample.
         return dataclasses.replace(verdict, problem=problem, is_own_error=False)
 
     def _registration(self, neutral: Neutral, ip: str) -> Request:
@@ -865,9 +864,9 @@ class Sender:
         self._quiet_until = self._retry_after_end(verdict, answer)
         return verdict
 
-    def _exchange(self, request: Request, judge: Callable[..., Verdict]) -> tuple[Verdict, Answer]:
+    def _exchange(self, request: Request, weigh: Callable[..., Verdict]) -> tuple[Verdict, Answer]:
         self._last = answer = self._transport.post(request, self.stop_by - self._clock())
-        verdict = judge(answer, self._config.api_key, self._dialect.hints)
+        verdict = weigh(answer, self._config.api_key, self._dialect.hints)
         if verdict.outcome is Outcome.DELIVERED:
             self._note_clock(answer)
         else:
@@ -919,11 +918,11 @@ class Sender:
 
     def _report_recovery(self) -> None:
         """Log the end of an outage, and the end of trouble with old samples."""
-        waiting, took_s = self._buffer.counters().waiting, self._clock() - self._down_since
-        self._down_since = math.inf
-        self._problems.end(
-            "delivery", f"delivering again after {took_s:.0f} s, {waiting} waiting"
-        )
+        waiting = self._buffer.counters().waiting
+        if self._down_since < math.inf:
+            took_s, self._down_since = self._clock() - self._down_since, math.inf
+            words = f"delivering again after {took_s:.0f} s, {waiting} waiting"
+            self._problems.end("delivery", words)
         if not waiting:
             self._problems.end("drain")
 
@@ -1118,7 +1117,7 @@ def next_tick(due: float, now: float, interval: float) -> float:
     return due + interval * (max(0, math.floor((now - due) / interval)) + 1)
 
 
-def second_pause_s(node_id: str, interval_s: float) -> float:
+def first_pause_s(node_id: str, interval_s: float) -> float:
     """Return the pause between a node's first two samples: half to one and a half intervals.
 
     It depends on the node: nodes that start together, after a power cut, then post apart.
@@ -1151,7 +1150,7 @@ class Verdict:
     outcome: Outcome
     problem: str = ""  # the same each time
     detail: str = ""  # may differ: what the dashboard wrote
-    is_own_error: bool = False  # a 5xx of the dashboard itself, which is not overloaded
+    is_own_error: bool = False  # a 5xx in JSON, but not 502 to 504
 
     def __str__(self) -> str:
         return f"{self.problem}: {self.detail}" if self.detail else self.problem
@@ -1499,10 +1498,10 @@ DIALECTS = {"v1": V1, "tinomail-monitor": MONITOR}
 
 # --- the way to the dashboard ------------------------------------------------------------
 
-# What a socket says where its address family is off or has no route: the node's own condition.
+# Errors of a socket whose address family is off or has no route here.
 NO_WAY = (errno.EHOSTUNREACH, errno.ENETUNREACH, errno.EAFNOSUPPORT)
 CONNECTION_LIMIT_S = 3600.0  # then a kept connection is closed: the dashboard may have moved
-ANSWER_LIMIT_BYTES = 64 * 1024  # of its body, of its body decompressed; twice that of all of it
+ANSWER_LIMIT_BYTES = 64 * 1024  # of an answer's body, compressed or not; twice that in all
 
 
 @dataclass(frozen=True, slots=True)

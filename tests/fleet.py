@@ -50,7 +50,7 @@ class Node:
             config, self.buffer, self, clock=lambda: fleet.now,  # type: ignore[arg-type]
             now=lambda: fleet.now, jitter=fleet.chance.random,
         )
-        self.pause = agent.second_pause_s(name, BEAT_S)
+        self.pause = agent.first_pause_s(name, BEAT_S)
         self.seq = 0
 
     deadline = 0.0

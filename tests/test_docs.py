@@ -298,7 +298,7 @@ def test_house_rules() -> None:
 def test_limits_that_the_documents_give() -> None:
     pauses = [f"{pause:g}" for pause in agent.BACKOFF_S]
     for words in (
-        f"{agent.HANG_LIMIT_S:g} s ({agent.FILES_LIMIT_S:g} s for files below /proc)",
+        f"{agent.HANG_LIMIT_S:g} s ({agent.FILES_LIMIT_S:g} s for the host's files)",
         f"While {agent.Worker.MOST_ABANDONED} calls of a kind hang",
         f"given up after {agent.ZONEMTA_ANSWER_S:g} s, and the post of its figures after "
         f"{agent.ZONEMTA_POST_S:g} s",

@@ -19,7 +19,7 @@ def test_a_returning_dashboard_is_not_run_over() -> None:
 
 def test_nodes_part_by_their_names() -> None:
     """To the second sample half to one and a half intervals pass, the same each time."""
-    pauses = [agent.second_pause_s(f"mta-{i:02}", 20.0) for i in range(100)]
-    assert pauses == [agent.second_pause_s(f"mta-{i:02}", 20.0) for i in range(100)]
+    pauses = [agent.first_pause_s(f"mta-{i:02}", 20.0) for i in range(100)]
+    assert pauses == [agent.first_pause_s(f"mta-{i:02}", 20.0) for i in range(100)]
     for start in (10, 15, 20, 25):
         assert 15 <= sum(start <= pause < start + 5 for pause in pauses) <= 35

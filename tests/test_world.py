@@ -37,7 +37,7 @@ LIMIT_S = 90.0
 
 def late_node_id() -> str:
     """Return an id whose second sample comes as late after the first as can be."""
-    return max((f"mta-{n}" for n in range(2000)), key=lambda name: agent.second_pause_s(name, 1))
+    return max((f"mta-{n}" for n in range(2000)), key=lambda name: agent.first_pause_s(name, 1))
 
 
 def waits(process: AgentProcess, wanted: int = 0) -> bool:

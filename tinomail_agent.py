@@ -69,6 +69,7 @@ import glob
 import gzip
 import http.client
 import io
+import ipaddress
 import json
 import logging
 import math
@@ -571,8 +572,9 @@ class Buffer:
     def settle(self, sample: Sample, outcome: str) -> None:
         """Remove a sample that was `delivered` or `refused`."""
         with self._lock:
-            if self._ring.pop(sample.seq, None):  # else the full ring has dropped it meanwhile
-                self._count[outcome] += 1
+            if not self._ring.pop(sample.seq, None):  # the full ring dropped it meanwhile
+                self._count["dropped"] -= 1
+            self._count[outcome] += 1
         self._sync()
 
     # - the copy on disk
@@ -953,7 +955,8 @@ class Sender:
         is_down = self._down_since < math.inf
         if not is_down and not counters.delivered:
             return f"starting: {figures}"
-        figures += f", last {last.status or 'unanswered'} in {1000 * last.took_s:.0f} ms"
+        if last.status or last.reason:
+            figures += f", last {last.status or 'unanswered'} in {1000 * last.took_s:.0f} ms"
         return f"{'not delivering' if is_down else 'ok'}: {figures}"
 
 
@@ -1589,10 +1592,14 @@ class Transport(requests.adapters.HTTPAdapter):
 
     def connect(self, connection: Any) -> None:
         """Open the socket of urllib3's connection, with TLS where the dashboard has it."""
-        self._opened = time.monotonic()
+        self._opened, self._connection = time.monotonic(), None
         if self._url.scheme == "https" and not self._tls:
             self._tls = tls_context(self._ca_bundle)
-        sock, self._connection = self._dial(), connection
+        try:
+            sock = self._dial()
+        except OSError as error:
+            raise urllib3.exceptions.HTTPError from error  # urllib3 would swallow some
+        self._connection = connection
         self.local_ip = str(sock.getsockname()[0])
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         sock.settimeout(self._left_s())
@@ -1673,7 +1680,7 @@ class Transport(requests.adapters.HTTPAdapter):
     def _look_up(self) -> list[Any]:
         """Return the addresses of the dashboard, in the order in which they are to be tried."""
         port = self._url.port or (443 if self._url.scheme == "https" else 80)
-        left_s = self.deadline - time.monotonic()
+        left_s = max(0.0, self.deadline - time.monotonic())
         self.deadline = math.inf  # getaddrinfo() has no time limit
         try:
             rows = socket.getaddrinfo(self._url.hostname, port, type=socket.SOCK_STREAM)
@@ -2141,14 +2148,14 @@ class MountTable:
                 yield place, here
             yield place, here
 
-    def local_disks(self) -> list[Mount]:
-        """Return a mount of each local disk, if possible of all of it and with a short path."""
-        found: dict[str, Mount] = {}
+    def local_disks(self) -> list[list[Mount]]:
+        """Return the mounts of each local disk: first those of all of it, with short paths."""
+        found: dict[str, list[Mount]] = {}
         disks = [mount for mount in self._mounts if mount.is_local_disk]
         for mount in sorted(disks, key=lambda m: (m.path != "/", m.root != "/", len(m.path))):
             way = [passed for _, passed in self.way(mount.path)]
             if way[-1] is mount and not any(passed.bars_way for passed in way):  # it is not hidden
-                found.setdefault(mount.device, mount)
+                found.setdefault(mount.device, []).append(mount)
         return list(found.values())
 
     def find(self, path: str, hops: int = 40) -> tuple[str, Mount]:
@@ -2176,10 +2183,11 @@ def read_disks(
     data = worker.call("the list of mounts", lambda: read_bytes(f"{proc}/self/mountinfo"))
     table = MountTable(parse_mountinfo(data))
     if paths is None:
-        wanted = {f"disk {_printable(disk.path)}": disk.path for disk in table.local_disks()}
+        wanted = {f"disk {_printable(mounts[0].path)}": [mount.path for mount in mounts]
+                  for mounts in table.local_disks()}
     else:
-        wanted = {f"disk {path} of DISK_PATHS": path for path in paths}
-    calls = {name: functools.partial(read_disk, table, path) for name, path in wanted.items()}
+        wanted = {f"disk {path} of DISK_PATHS": [path] for path in paths}
+    calls = {name: functools.partial(read_disk, table, *ways) for name, ways in wanted.items()}
     answers = worker.run(calls)
     for name, answer in answers.items():
         if isinstance(answer, Exception):
@@ -2199,10 +2207,20 @@ def read_disks(
     return found
 
 
-def read_disk(table: MountTable, path: str) -> dict[str, Any] | None:
-    """Return a row of system.disks; None if the disk has no size, or is always full."""
-    path, mount = table.find(path)
-    fs = os.statvfs(path)
+def read_disk(table: MountTable, path: str, *others: str) -> dict[str, Any] | None:
+    """Return a row of system.disks; None if the disk has no size, or is always full.
+
+    others: paths on the same disk, for when the first cannot be entered.
+    """
+    try:
+        path, mount = table.find(path)
+        if path != mount.path:
+            os.lstat(path)
+        fs = os.statvfs(mount.path)  # of the file system: a path of its own may have a quota
+    except OSError:
+        if not others:
+            raise
+        return read_disk(table, *others)
     used = fs.f_blocks - fs.f_bfree
     share = percent(used, used + fs.f_bavail)
     is_image = fs.f_bfree == 0 and "ro" in mount.options  # squashfs, for example
@@ -2334,7 +2352,7 @@ def parse_statm(statm: bytes) -> tuple[int, int]:
     return max(0, resident - shared), shared
 
 
-ENDED = (FileNotFoundError, ProcessLookupError, ValueError)  # while it was read
+ENDED = (FileNotFoundError, ProcessLookupError, ValueError, IndexError)  # while it was read
 CMDLINE_LIMIT_BYTES = 4096
 COMMON_LIBRARIES_KIB = 6 * 1024  # libc and others, which other programs map
 LOOK_AGAIN = 8  # what cannot belong to a service is read in one sample of so many,
@@ -2495,9 +2513,12 @@ class ProcessTable:
         or else an estimate from what the processes hold.
         """
         held: dict[int, tuple[int, int]] = {}  # pid -> anonymous and other KiB
-        for pid in (known.stat.pid for known in its):
+        for process in (known.stat for known in its):
             with contextlib.suppress(*ENDED):
-                held[pid] = parse_statm(read_bytes(f"{self.proc}/{pid}/statm"))
+                folder = f"{self.proc}/{process.pid}"
+                if process.state == "Z" and not process.is_dead:  # its main thread has ended
+                    folder += f"/task/{max(os.listdir(f'{folder}/task'), key=int)}"
+                held[process.pid] = parse_statm(read_bytes(f"{folder}/statm"))
         largest_anon = max((anon for anon, _ in held.values()), default=0)
         largest_shared = max((shared for _, shared in held.values()), default=0)
         program = max(0, largest_shared - COMMON_LIBRARIES_KIB)
@@ -2936,6 +2957,7 @@ class ServicesSeen:
         try:
             if self._saved is None:
                 saved = self._worker.call(name, functools.partial(read_services, self.folder))
+                self._problems.end(name, f"{name} works again")
                 self._absent = {**saved, **self._absent}
                 self._saved = set()  # it is written once in each run
             is_late = any(self._absent.values()) and now - self._saved_at >= self.SAVE_EVERY_S
@@ -2943,13 +2965,12 @@ class ServicesSeen:
                 name = "writing the list of services"
                 write = functools.partial(write_services, self.folder, dict(self._absent))
                 self._worker.call(name, write)
+                self._problems.end(name, f"{name} works again")
                 self._saved, self._saved_at = set(self._absent), now
         except TimeoutError:
-            return  # the worker logs what hangs
+            pass  # the worker logs what hangs
         except OSError as error:
-            self._problems.begin("file", f"{name} failed", _reason(error))
-            return
-        self._problems.end("file", f"{name} works again")
+            self._problems.begin(name, f"{name} failed", _reason(error))
 
 
 # --- ZoneMTA's own figures ---------------------------------------------------------------
@@ -3209,7 +3230,11 @@ def find_env_file(environ: Mapping[str, str], installed: bool = False) -> str:
 
 def parse_env(data: bytes) -> tuple[dict[str, str], list[str]]:
     """Parse the bytes of an env file into (name -> value, problems), without interpolation."""
-    text = data.decode("utf-8-sig", "surrogateescape")  # a path may hold any bytes
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data[: error.start].count(b"\n") + 1
+        return {}, [f"line {line}: is not UTF-8 text; save the file as UTF-8"]
     values: dict[str, str] = {}
     problems: list[str] = []
     for binding in dotenv.parser.parse_stream(io.StringIO(text)):
@@ -3329,8 +3354,12 @@ def _check_values(values: Mapping[str, Any]) -> tuple[list[str], list[str]]:
 
 
 def is_loopback(url: str) -> bool:
-    """Tell whether an http:// URL leads to this machine."""
-    return bool(re.match(r"(?i)http://(localhost|127(\.\d+){3}|\[::1\])(:|/|$)", url))
+    """Tell whether a URL leads to this machine."""
+    host = urlsplit(url).hostname or ""
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
 
 
 # --- systemd -----------------------------------------------------------------------------
@@ -3434,22 +3463,22 @@ def run_check(config: Config, known: Iterable[str]) -> int:
         print(f"  {name:<19} {text or '(empty)'}")
     for warning in config.warnings:
         print(f"  warning: {warning}")
-    transport = Transport(config.dashboard_url, config.ca_bundle)  # its CAs are part of the cost
     sample, cost = take_sample(config, known)
     print("\nsample")
     for line in describe_sample(unpack(sample.packed)):
         print(f"  {line}")
     print(f"\ncost: {cost}\n\ndialect: DASHBOARD_API={config.dashboard_api}")
-    code, words = try_dashboard(config, transport, sample)
+    code, words = try_dashboard(config, sample)
     print(f"dashboard: {words}")
     return code
 
 
-def try_dashboard(config: Config, transport: Transport, sample: Sample) -> tuple[int, str]:
+def try_dashboard(config: Config, sample: Sample) -> tuple[int, str]:
     """Register this node and post a sample; return the exit code, and what came of it."""
     if not config.node_id:
         return 1, f"FAILED: {NO_HOST_NAME}"
     dialect, key, started = DIALECTS[config.dashboard_api], config.api_key, time.monotonic()
+    transport = Transport(config.dashboard_url, config.ca_bundle)
     ip, neutral = transport.route_ip(), unpack(sample.packed)
     answer = transport.post(dialect.register(neutral, config.node_id, ip, key))
     verdict = judge_registration(answer, key, dialect.hints)
@@ -3544,6 +3573,8 @@ def main(argv: list[str] | None = None, *, installed: bool = False) -> int:
 def run(argv: list[str] | None, installed: bool) -> int:
     parser = build_parser()
     options = parser.parse_args(argv)
+    if options.env_file == "":
+        parser.error("--env-file needs the name of a file")
     by_hand = options.once or options.check
     if installed and not by_hand and "NOTIFY_SOCKET" not in os.environ:
         parser.error("tinomail-agent.service runs the agent; use --check or --once")

@@ -184,6 +184,7 @@ def test_threads_that_outlive_the_main_one(proc: FakeProc, clock: FakeClock) -> 
 MAIN_THREAD_ENDS = """
 import ctypes, threading, time
 open("/proc/self/comm", "w").write("mongod")
+block = bytearray(40 << 20)
 threading.Thread(target=time.sleep, args=(300,)).start()
 ctypes.CDLL(None).pthread_exit(None)
 """
@@ -206,6 +207,7 @@ def test_a_real_process_whose_main_thread_has_ended(tmp_path: Path) -> None:
         here = only(tmp_path, process.pid)
         found = agent.ProcessTable(here, time.monotonic, unexpected, worker).read()["mongodb"]
         assert (found["status"], found["pid"]) == ("running", process.pid)
+        assert found["memory_mb"] > 40
     finally:
         process.kill()
         process.wait()

@@ -243,7 +243,7 @@ MOUNTINFO = """\
 
 def test_local_disks() -> None:
     disks = agent.MountTable(agent.parse_mountinfo(MOUNTINFO.encode())).local_disks()
-    assert {mount.device: mount.path for mount in disks} == {
+    assert {mounts[0].device: mounts[0].path for mounts in disks} == {
         "254:1": "/",
         "254:2": "/var/mail",
         "0:45": "/home",
@@ -255,13 +255,13 @@ def test_local_disks() -> None:
 
 def test_a_container_has_a_root_whatever_it_is() -> None:
     line = b"500 400 0:55 / / rw - overlay overlay rw,lowerdir=/a\n"
-    [mount] = agent.MountTable(agent.parse_mountinfo(line)).local_disks()
+    [[mount]] = agent.MountTable(agent.parse_mountinfo(line)).local_disks()
     assert (mount.path, mount.fstype) == ("/", "overlay")
 
 
 def disks_of(*lines: str) -> list[str]:
     table = agent.MountTable(agent.parse_mountinfo("\n".join(lines).encode()))
-    return [mount.path for mount in table.local_disks()]
+    return [mounts[0].path for mounts in table.local_disks()]
 
 
 ROOT_ON_DISK = "27 1 254:1 / / rw - ext4 /dev/vda1 rw"
@@ -395,6 +395,17 @@ def test_always_full_is_what_is_read_only_without_a_free_block(
     mount = agent.Mount(30, 27, "8:1", "/", "/srv", "ext4", "/dev/sda1", (option,))
     row = agent.read_disk(agent.MountTable([mount]), "/srv")
     assert (row and row["used_percent"]) == share
+
+
+def test_a_mount_that_cannot_be_entered_leaves_the_others_of_its_disk() -> None:
+    table = agent.MountTable(
+        agent.Mount(number, 27, "8:1", "/", path, "ext4", "/dev/sda1", ("rw",))
+        for number, path in ((30, "/nowhere/at/all"), (31, "/"))
+    )
+    row = agent.read_disk(table, "/nowhere/at/all", "/")
+    assert row and row["mount"] == "/"
+    with pytest.raises(OSError):
+        agent.read_disk(table, "/nowhere/at/all")
 
 
 def test_a_network_file_system_is_never_touched(

@@ -224,6 +224,8 @@ def test_a_byte_order_mark_is_no_harm(tmp_path: Path) -> None:
         ("DASHBORD_URL=x\n", "line 2: there is no setting DASHBORD_URL; did you mean"),
         ("api_key=x\n", "line 2: unknown setting; did you mean API_KEY?"),
         ("FLAVOUR=x\n", "line 2: there is no setting FLAVOUR; agent.env.example lists"),
+        (b"NODE_ID=\xff\xfe\n", "line 2: is not UTF-8"),
+        ("NODE_ID=x\n".encode("utf-16"), "line 2: is not UTF-8"),
     ],
 )
 def test_a_bad_line_is_told_by_its_number(text: str | bytes, says: str, tmp_path: Path) -> None:
@@ -231,15 +233,6 @@ def test_a_bad_line_is_told_by_its_number(text: str | bytes, says: str, tmp_path
     path = write(tmp_path, head + (text if isinstance(text, bytes) else text.encode()))
     problems = problems_of({"API_KEY": KEY}, path)
     assert any(problem.startswith(f"{path}, {says}") for problem in problems), problems
-
-
-def test_bytes_that_are_not_utf_8(tmp_path: Path) -> None:
-    """In a comment they do no harm, a path may hold them, and any other value is wrong."""
-    path = write(tmp_path, b"# f\xfcr uns\nDISK_PATHS=/m\xfcll\n")
-    assert agent.load_config(GOOD, path).disk_paths == (os.fsdecode(b"/m\xfcll"),)
-    [problem] = problems_of(GOOD, write(tmp_path, b"NODE_ROLE=m\xfcll\n"))
-    assert problem.startswith("NODE_ROLE: must be auto, or a name of 1 to 50 printable")
-    assert "it is 'm?ll'" in problem
 
 
 def test_what_may_be_a_piece_of_the_key_is_not_shown(tmp_path: Path) -> None:

@@ -439,5 +439,6 @@ def test_one_of_two_backends_refuses_everything(
     assert refusals > SAMPLES / 4
     assert counters["refused"] <= 0.01 * counters["sampled"]
     assert counters["dropped"] == 0
-    assert counters["delivered"] == stored
+    # a busy machine may store a sample, and answer after the deadline
+    assert 0 <= stored - counters["delivered"] <= 2
     assert counters["waiting"] <= 0.05 * counters["sampled"]

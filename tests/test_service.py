@@ -77,7 +77,7 @@ def grow(step, count):
     time.sleep(1000)
 
 def stick(kind, method):
-    while not hasattr(sys.modules.get("tinomail_agent"), "flush_streams"):  # the last definition
+    while not hasattr(sys.modules.get("tinomail_agent"), "run"):  # the last definition
         time.sleep(0.01)
     kind = getattr(sys.modules["tinomail_agent"], kind)
     setattr(kind, method, sticks_after_3_s(getattr(kind, method)))
@@ -98,7 +98,7 @@ import os, sys, threading, time
 started = time.time()
 
 def watch():
-    while not hasattr(sys.modules.get("tinomail_agent"), "flush_streams"):  # the last definition
+    while not hasattr(sys.modules.get("tinomail_agent"), "run"):  # the last definition
         time.sleep(0.01)
     agent = sys.modules["tinomail_agent"]
     folder = os.environ.get("STATE_DIRECTORY")

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 import socketserver
 import threading
-import zlib
 from pathlib import Path
 from typing import Any
 
@@ -32,15 +32,15 @@ class Dashboard(socketserver.ThreadingTCPServer):
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
-        self.taken: set[int] = set()  # checksums of the samples
+        self.taken: set[bytes] = set()  # digests of the samples
         self.twice: list[tuple[int, bytes]] = []  # number of the request, and what came again
 
     def take(self, head: bytes, sent: bytes) -> None:
         self.delivered += 1
-        checksum = zlib.crc32(sent)
-        if checksum in self.taken or KEY not in head:
+        digest = hashlib.sha256(sent).digest()
+        if digest in self.taken or KEY not in head:
             self.twice.append((self.requests, head + sent))
-        self.taken.add(checksum)
+        self.taken.add(digest)
 
 
 class Handler(socketserver.StreamRequestHandler):

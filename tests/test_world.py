@@ -175,11 +175,11 @@ def test_dropped_samples_are_told_in_each_episode(start_agent: StartAgent) -> No
         for episode in (1, 2):
             server.delay_s = 0.4
             eventually(
-                lambda wanted=episode: len(process.lines("samples are dropped")) >= wanted,  # type: ignore[misc]
+                lambda wanted=episode: len(process.lines("the oldest samples")) >= wanted,  # type: ignore[misc]
                 LIMIT_S,
             )
             time.sleep(2)
-            assert len(process.lines("samples are dropped")) == episode
+            assert len(process.lines("the oldest samples")) == episode
             server.delay_s = 0.0
             eventually(
                 lambda wanted=episode: len(process.lines("no more samples")) >= wanted, LIMIT_S  # type: ignore[misc]

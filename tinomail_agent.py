@@ -1538,6 +1538,7 @@ class Transport(requests.adapters.HTTPAdapter):
         self._opened = 0.0  # monotonic: when it was opened
         self._limit_s = REQUEST_DEADLINE_S  # of an attempt
         self._addresses: list[Any] = []  # (family, socket address), the best one first
+        self._is_good = False  # the first one answered the last attempt with a 2xx
         self.local_ip: str | None = None  # this machine's address, of the last connection
         self.deadline = 0.0  # monotonic: when the attempt ends; infinite during a name look-up
         pool = self.poolmanager.pool_classes_by_scheme[self._url.scheme]
@@ -1560,6 +1561,7 @@ class Transport(requests.adapters.HTTPAdapter):
             self._connection.close()
         answer = self._attempt(prepared, min(self._limit_s, within_s))
         took_s = time.monotonic() - started
+        self._is_good = self._is_good or 200 <= answer.status < 300
         if answer.status and took_s < REQUEST_DEADLINE_S:
             self._limit_s = REQUEST_DEADLINE_S
         elif answer.reason == TIME_IS_OVER:
@@ -1567,10 +1569,12 @@ class Transport(requests.adapters.HTTPAdapter):
         return dataclasses.replace(answer, took_s=took_s)
 
     def disconnect(self) -> None:
-        """Close the connection after a failure: the next one begins with another address."""
+        """Close the connection after a failure; try its address last, but a good one once more."""
         if self._connection:
             self._connection.close()
-            self._addresses.append(self._addresses.pop(0))
+            if not self._is_good:
+                self._addresses.append(self._addresses.pop(0))
+            self._is_good = False
 
     def route_ip(self) -> str:
         """Return this machine's address on the way to the dashboard, "" without one."""

@@ -2359,8 +2359,10 @@ def parse_statm(statm: bytes) -> tuple[int, int]:
 ENDED = (FileNotFoundError, ProcessLookupError, ValueError, IndexError)  # while it was read
 CMDLINE_LIMIT_BYTES = 4096
 COMMON_LIBRARIES_KIB = 6 * 1024  # libc and others, which other programs map
-LOOK_AGAIN = 8  # what cannot belong to a service is read in one sample of so many,
-OLD_PROCESS_S = 120  # and in each while it is younger: it may still call exec()
+# What cannot belong to a service is read in its first LOOK_AGAIN samples, since it may still call
+# exec(), then in one of LOOK_AGAIN. If it is older at first sight, the first ones are left out.
+LOOK_AGAIN = 8
+OLD_PROCESS_S = 120
 
 
 @dataclass(slots=True)
@@ -2371,7 +2373,8 @@ class Known:
     cgroup: str  # the text of /proc/PID/cgroup
     candidates: tuple[str, ...]  # the services that it may belong to
     service: str  # "" for none
-    proof: str = ""  # as in Identity
+    proof: str  # as in Identity
+    samples: int  # in which it was read
     cmdline: bytes | None = None  # None: not needed, or it could not be read yet
 
 
@@ -2422,12 +2425,11 @@ class ProcessTable:
         """Read the processes that are due, but not their command lines."""
         self._round += 1
         before, self._known = self._known, {}
-        old_ticks = (time.clock_gettime(time.CLOCK_BOOTTIME) - OLD_PROCESS_S) * CLOCK_TICKS
         looked = []
         for pid in map(int, filter(str.isdigit, os.listdir(self.proc))):
             known = before.get(pid)
             if (known and (self._round + pid) % LOOK_AGAIN and not known.candidates
-                    and not known.service and known.stat.start_ticks < old_ticks):
+                    and not known.service and known.samples >= LOOK_AGAIN):
                 self._known[pid] = known
                 continue
             with contextlib.suppress(*ENDED):
@@ -2438,12 +2440,13 @@ class ProcessTable:
         stat = parse_stat(read_bytes(f"{self.proc}/{pid}/stat"))
         if (known and known.stat.comm == stat.comm
                 and known.stat.start_ticks == stat.start_ticks):
-            known.stat = stat
+            known.stat, known.samples = stat, known.samples + 1
             return known
         cgroup = sys.intern(os.fsdecode(read_bytes(f"{self.proc}/{pid}/cgroup")))
         candidates = candidates_of(stat.comm, cgroup)
         service = "" if candidates else self._watched.get(stat.comm, "")
-        return Known(stat, cgroup, candidates, service)
+        samples = LOOK_AGAIN if age_s(stat) > OLD_PROCESS_S else 0
+        return Known(stat, cgroup, candidates, service, "", samples)
 
     def _identify(self, looked: list[Known]) -> None:
         """Read the command lines that are needed; drop what has ended."""

@@ -759,6 +759,7 @@ class Sender:
                 self._plan = self._buffer.oldest(DRAIN_PER_SUCCESS, postponed=self._tries)
                 self._report_recovery()
                 self._heartbeats = Tries()
+                self._register_anew(neutral)
                 self._post_zonemta(neutral)
             return
         tries = self._heartbeats if is_heartbeat else self._tries.setdefault(sample.seq, Tries())
@@ -809,9 +810,8 @@ class Sender:
     # - registration
 
     def _deliver(self, newest: Sample, neutral: Neutral) -> Verdict:
-        """Post the newest sample; register the node first if need be."""
-        is_new = self._registered != self._registration(neutral, self._transport.local_ip or "")
-        if not self._node_id or (is_new and self._clock() >= self._register_after):
+        """Post the newest sample; register the node first if the dashboard does not know it."""
+        if not self._node_id:
             verdict = self._register(neutral)
             if not self._node_id:
                 return verdict
@@ -824,6 +824,12 @@ class Sender:
             if verdict.outcome is Outcome.REGISTER:
                 self._register_after = self._clock() + REGISTER_AGAIN_S
         return verdict
+
+    def _register_anew(self, neutral: Neutral) -> None:
+        """Tell a dashboard that takes samples what is new about this node."""
+        is_new = self._registered != self._registration(neutral, self._transport.local_ip or "")
+        if is_new and self._clock() >= self._register_after:
+            self._register(neutral)
 
     def _register(self, neutral: Neutral) -> Verdict:
         """Register the node as it was in that sample."""

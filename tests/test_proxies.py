@@ -349,7 +349,7 @@ def test_each_change_is_logged_once_with_words_that_name_what_answered(
     ended = [line for line in lines if "delivering again" in line]
     assert len(began) == 1 and re.search(CONDITIONS[kind][name].words, began[0]), lines
     assert len(ended) == 1, lines
-    # tinomail-monitor is told when the mail daemons of this machine change: by tests beside this
+    # tinomail-monitor is told of mail daemons, also of those that other tests start
     told = len([line for line in lines if "registered as" in line]) if api != "v1" else 0
     assert len(lines) == 2 + told, lines
 

@@ -715,6 +715,22 @@ def test_samples_go_on_when_a_later_registration_fails(
     assert len(site.nodes) == 7
 
 
+@each_dialect
+def test_what_is_new_about_a_node_is_told_to_a_dashboard_that_takes_samples(
+    site: Site, caplog: pytest.LogCaptureFixture
+) -> None:
+    """One that is away costs no second line of the log: it cannot register again either."""
+    site.beat()
+    site.answer = lambda request: Answer(502)
+    site.registration = lambda: Answer(502)
+    site.role = "wildduck"
+    site.beat(5)
+    assert (len(site.nodes), len(said(caplog, logging.WARNING))) == (1, 1)
+    site.answer, site.registration = lambda request: OK, lambda: REGISTERED
+    site.beat()
+    assert (len(site.nodes), site.nodes[-1]["role"]) == (2, "wildduck")
+
+
 def test_registers_again_when_the_services_seen_change(api: str) -> None:
     """Where the dashboard is told of them."""
     site = Site(api)

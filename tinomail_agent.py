@@ -24,7 +24,7 @@ if older samples still wait. A sample is lost when
     it has no file yet, and the agent is killed, or stops while the disk fails
     the power fails: files are not synced
 
-To add a metric:   a reader in Collector._make_readers(), which is enough for v1; MONITOR_SYSTEM
+To add a metric:   a reader in Collector.readers, which is enough for v1; MONITOR_SYSTEM
                    for tinomail-monitor. A new column of disks or processes: LATER_COLUMNS
        a service:  SERVICES and the tables below it; MONITOR_PROCESSES, MONITOR_ROLES
        a setting:  a field of Config
@@ -50,7 +50,6 @@ This file, from the top:
     what runs here              the services seen on this node, its role and ports
     ZoneMTA's own figures       its queue, from its HTTP API
     settings                    the table of settings, the env file
-    systemd                     its notify socket and watchdog
     logging                     lines for a terminal or the journal
     command line                --once, --check, main()
 
@@ -147,8 +146,6 @@ T = TypeVar("T")
 class Agent:
     """The three threads: this one supervises, `collector` samples, `sender` delivers."""
 
-    SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
-
     def __init__(self, config: Config, environ: Mapping[str, str]) -> None:
         self._config = config
         self._stop = threading.Event()
@@ -162,10 +159,13 @@ class Agent:
         self._collector_due = math.inf  # monotonic; infinite until the first sample
         self._clock_problem = Problems()  # of the collector thread
         self._problems = Problems()  # of the main thread
-        self._notifier = Notifier(environ)
-        self._is_ready = False
+        self._systemd = sdnotify.SystemdNotifier()  # sd_notify(3); silent without $NOTIFY_SOCKET
+        if self._systemd.socket:
+            self._systemd.socket.settimeout(1.0)  # in case systemd does not read
+        self._watchdog_s = int(environ.get("WATCHDOG_USEC", 0)) / 1e6  # 0: no watchdog
+        self._ping_s = min(10.0, self._watchdog_s / 3) or 10.0
         self._next_ping = 0.0
-        self._status = ""  # as systemd shows it
+        self._status = ""  # as systemd shows it; "" until the agent is ready
 
     def run(self) -> int:
         """Run until SIGTERM, SIGINT or SIGHUP; return the exit code."""
@@ -174,7 +174,7 @@ class Agent:
         self._signals, wakeup = socket.socketpair()
         wakeup.setblocking(False)
         signal.set_wakeup_fd(wakeup.fileno(), warn_on_full_buffer=False)
-        for number in self.SIGNALS:
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
             signal.signal(number, lambda *_: None)
         collector = threading.Thread(target=self._collect, name="collector", daemon=True)
         sender = threading.Thread(target=self._sender.run, name="sender", daemon=True)
@@ -197,14 +197,14 @@ class Agent:
 
     def _receive_signals(self) -> set[int]:
         """Wait a moment for signals; return the numbers of those that came."""
-        pause = min(SUPERVISE_S, self._notifier.ping_s / 2) if self._is_ready else 0.05
+        pause = min(SUPERVISE_S, self._ping_s / 2) if self._status else 0.05
         is_there, _, _ = select.select([self._signals], [], [], pause)
         return set(self._signals.recv(4096)) if is_there else set()
 
     def _end(self, collector: threading.Thread, sender: threading.Thread) -> None:
         """Stop both threads; all of it takes about STOP_LIMIT_S at most."""
         deadline = time.monotonic() + STOP_LIMIT_S
-        self._notifier.send("STOPPING=1", "STATUS=delivering what waits")
+        self._systemd.notify("STOPPING=1\nSTATUS=delivering what waits")
         self._sender.stop_by = deadline
         self._stop.set()
         collector.join(STOP_LIMIT_S - POST_AT_STOP_S)  # the sample that it is taking is posted too
@@ -222,23 +222,15 @@ class Agent:
     def _collect(self) -> None:
         """Put a sample into the buffer at every tick; a second later, save it if it waits."""
         interval = self._config.interval_s
-        self._guarded(self._collector.prime)
+        self._collector.guarded(self._collector.prime)
         due = time.monotonic() + PRIME_S
-        pause = first_pause_s(self._config.node_id, interval)
+        shift = first_pause_s(self._config.node_id, interval) - interval  # of the second tick
         while not self._stop.wait(max(0.0, due - time.monotonic())):
-            self._guarded(self._take_sample)
-            # next_tick() adds one interval; only the first pause is another one.
-            due = next_tick(due + pause - interval, time.monotonic(), interval)
-            pause = interval
+            self._collector.guarded(self._take_sample)
+            due, shift = next_tick(due + shift, time.monotonic(), interval), 0.0
             if self._stop.wait(min(SAVE_AFTER_S, max(0.0, due - time.monotonic()) / 2)):
                 return
-            self._guarded(self._buffer.save)
-
-    def _guarded(self, work: Callable[[], object]) -> None:
-        try:
-            work()
-        except Exception:
-            self._collector.crashed()
+            self._collector.guarded(self._buffer.save)
 
     def _take_sample(self) -> None:
         now = time.time()
@@ -257,51 +249,32 @@ class Agent:
 
     def _supervise(self) -> None:
         """Tell systemd that the agent is ready, and then that both threads make progress."""
-        if self._collector_due == math.inf:
-            return
-        if not self._is_ready:
-            self._is_ready = True
-            self._notifier.send("READY=1")
         now, status = time.monotonic(), self._sender.status()
-        if now < self._next_ping and status == self._status:
+        if self._collector_due == math.inf or (now < self._next_ping and status == self._status):
             return  # a new status line is shown at once
-        self._status = status
-        self._next_ping = now + self._notifier.ping_s
-        is_stalled = self._report_stalled_thread(now)
-        if self._report_memory():
-            self._notifier.send("WATCHDOG=trigger")
-        elif not is_stalled:
-            self._notifier.send("WATCHDOG=1", f"STATUS={status}")
-
-    def _report_stalled_thread(self, now: float) -> bool:
-        """Log a thread that should have made progress long ago; return True if there is one."""
-        overdue = now - max(HANG_AFTER_S, self._notifier.watchdog_s)
-        for name, due in (("collector", self._collector_due), ("sender", self._sender.due)):
-            if due < overdue:
-                self._problems.begin(
-                    "stalled", f"the {name} hangs: leaving it to systemd's watchdog", "",
-                    logging.CRITICAL,
-                )
-                return True
-        self._problems.end("stalled")
-        return False
-
-    def _report_memory(self) -> bool:
-        """Log that the agent has grown too large; return True if it has."""
-        limit_mib = self._config.memory_limit_mb
-        try:
+        if not self._status:
+            self._systemd.notify("READY=1")
+        self._status, self._next_ping = status, now + self._ping_s
+        rss_mib, limit_mib = 0.0, self._config.memory_limit_mb
+        with contextlib.suppress(OSError):  # out of file descriptors, say
             rss_mib = own_rss_bytes() / MIB
-        except OSError:
-            return False  # out of file descriptors, say
-        is_large = self._notifier.is_systemd and rss_mib > limit_mib
-        if is_large:
+        overdue = now - max(HANG_AFTER_S, self._watchdog_s)
+        dues = {"collector": self._collector_due, "sender": self._sender.due}
+        thread = next((name for name, due in dues.items() if due < overdue), "")
+        if self._systemd.socket and rss_mib > limit_mib:
             self._problems.begin(
-                "memory", f"more memory is used than MEMORY_LIMIT_MB={limit_mib} allows, asking "
-                "systemd for a restart", f"{rss_mib:.0f} MiB", logging.CRITICAL,
+                "supervision", f"more memory is used than MEMORY_LIMIT_MB={limit_mib} allows, "
+                "asking systemd for a restart", f"{rss_mib:.0f} MiB", logging.CRITICAL,
+            )
+            self._systemd.notify("WATCHDOG=trigger")
+        elif thread:
+            self._problems.begin(
+                "supervision", f"the {thread} hangs: leaving it to systemd's watchdog", "",
+                logging.CRITICAL,
             )
         else:
-            self._problems.end("memory")
-        return is_large
+            self._problems.end("supervision")
+            self._systemd.notify(f"WATCHDOG=1\nSTATUS={status}")
 
     def _figures(self) -> dict[str, Any]:
         """Return the agent's own counters for a sample."""
@@ -339,34 +312,28 @@ class Collector:
         self._problems = Problems()
         self._unread: set[str] = set()  # the metrics that are missing in this sample
         self._was_unread: set[str] = set()  # the same, in the sample before
-        self._zonemta = ZoneMta(config.zonemta_url) if config.zonemta_url != "off" else None
-        self._runs_zonemta = False
+        self._zonemta = ZoneMta(config.zonemta_url)
         self.collect_errors = 0
         self._processes = ProcessTable(
             proc, clock, self._missing, Worker(HANG_LIMIT_S, self._problems),
             cgroup_root=f"{sys_root}/fs/cgroup", watched=config.watch_processes,
         )
         self._files = Worker(FILES_LIMIT_S, self._problems)
-        self.readers = self._make_readers(proc, sys_root)
-
-    def _make_readers(self, proc: str, sys_root: str) -> dict[str, Callable[[], dict[str, Any]]]:
-        """Return what fills `system`: the metric's name for the log, and its reader.
-
-        A reader returns fields of `system`, None for one that has no value this time.
-        """
-        clock, missing, disks = self._clock, self._missing, Worker(HANG_LIMIT_S, self._problems)
-        paths, interfaces = self._config.disk_paths, self._config.net_interfaces
-        return {
-            "cpu": functools.partial(read_cpu, proc, Meter(clock)),
+        missing, disks = self._missing, Worker(HANG_LIMIT_S, self._problems)
+        paths, interfaces = config.disk_paths, config.net_interfaces
+        # What fills `system`: the metric's name for the log, and its reader. A reader returns
+        # fields of `system`, None for one that has no value this time.
+        self.readers: dict[str, Callable[[], dict[str, Any]]] = {
+            "cpu": partial(read_cpu, proc, Meter(clock)),
             "memory": lambda: read_memory(proc),
             "disks": lambda: read_disks(proc, paths, missing, disks),
-            "disk_io": functools.partial(read_disk_io, proc, sys_root, Meter(clock)),
-            "network": functools.partial(read_network, sys_root, interfaces, missing, Meter(clock)),
+            "disk_io": partial(read_disk_io, proc, sys_root, Meter(clock)),
+            "network": partial(read_network, sys_root, interfaces, missing, Meter(clock)),
             "load": lambda: read_load(proc),
             "tcp_connections": lambda: read_tcp(proc),
             "open_files": lambda: read_open_files(proc),
             "uptime": lambda: read_uptime(proc),
-            "pressure": functools.partial(read_pressure, proc, Meter(clock)),
+            "pressure": partial(read_pressure, proc, Meter(clock)),
             "oom_kills": lambda: read_oom_kills(proc),
             "listen_overflows": lambda: read_listen_overflows(proc),
         }
@@ -386,19 +353,24 @@ class Collector:
         system: dict[str, Any] = {}
         for name, reader in {**self.readers, **self._read_files(*LXCFS_FILES)}.items():
             system.update(self._try(name, reader))
-        body: dict[str, Any] = {"timestamp": iso_utc(taken), "system": system}
-        for part, name, reader in (
-            ("processes", "processes", self._read_processes),
+        processes = self._try("processes", self._processes.read)
+        runs = {service: row["status"] == "running" for service, row in processes.items()}
+        self._seen.update(runs)
+        check = partial(PORT_CHECKS[self._config.check_mode], self._config.check_host)
+        parts = {
+            "processes": processes,
             # before the port check, so that its own connections do not count
-            ("accept_queue", "accept_queue", self._read_accept_queues),
-            ("services", "services", self._check_ports),
-            ("zonemta", "ZoneMTA's figures (ZONEMTA_URL)", self._read_zonemta),
-        ):
-            if found := self._try(name, reader):
-                body[part] = found
+            "accept_queue": self._try("accept_queue", partial(self._by_port, accept_queues)),
+            "services": self._try("services", partial(self._by_port, check)),
+            "zonemta": self._try(
+                "ZoneMTA's figures (ZONEMTA_URL)", partial(self._read_zonemta, runs)),
+        }
         role = self._config.node_role
-        body["role"] = self._seen.role() if role == "auto" else role
-        body["seen"] = self._seen.services()
+        body = {
+            "timestamp": iso_utc(taken), "system": system,
+            **{name: part for name, part in parts.items() if part},
+            "role": self._seen.role() if role == "auto" else role, "seen": self._seen.services(),
+        }
         own_memory = self._try("rss_bytes", lambda: {"rss_bytes": own_rss_bytes()})
         self._log_readable()
         body["agent"] = {
@@ -415,7 +387,7 @@ class Collector:
         """Call these readers in the worker; return name -> a call that gives its result."""
         paths = {name: LXCFS_FILES[name] for name in names if name in self.readers}
         answers = self._files.run({path: self.readers[name] for name, path in paths.items()})
-        return {n: functools.partial(Worker.result, answers, path) for n, path in paths.items()}
+        return {name: partial(Worker.result, answers, path) for name, path in paths.items()}
 
     def _try(self, name: str, reader: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """Run a reader; drop and count what is None, not finite, or could not be read."""
@@ -443,32 +415,23 @@ class Collector:
             self._problems.end(name, f"{name} can be read again")
         self._was_unread, self._unread = self._unread, set()
 
-    def crashed(self) -> None:
-        """Log the exception that is being handled, and count it."""
-        self.collect_errors += 1
-        self._problems.crash("the collector failed; trying again at the next tick")
+    def guarded(self, work: Callable[[], object]) -> None:
+        """Do a piece of this thread's work; log and count an exception."""
+        try:
+            work()
+        except Exception:
+            self.collect_errors += 1
+            self._problems.crash("the collector failed; trying again at the next tick")
 
-    def _read_processes(self) -> dict[str, Any]:
-        processes = self._processes.read()
-        self._seen.update({s: p["status"] == "running" for s, p in processes.items()})
-        self._runs_zonemta = processes.get("zonemta", {}).get("status") == "running"
-        return processes
+    def _by_port(self, read: Callable[[tuple[int, ...]], Mapping[int, Any]]) -> dict[str, Any]:
+        """Return what is read of each port to check."""
+        role, services = self._config.node_role, self._seen.services()
+        ports = self._config.check_ports or ports_of(role, services)
+        return {f"port_{port}": value for port, value in read(ports).items()}
 
-    def _ports(self) -> tuple[int, ...]:
-        role = self._config.node_role
-        return self._config.check_ports or ports_of(role, self._seen.services())
-
-    def _read_accept_queues(self) -> dict[str, Any]:
-        return {f"port_{port}": queued for port, queued in accept_queues(self._ports()).items()}
-
-    def _check_ports(self) -> dict[str, Any]:
-        found = PORT_CHECKS[self._config.check_mode](self._config.check_host, self._ports())
-        return {f"port_{port}": is_open for port, is_open in found.items()}
-
-    def _read_zonemta(self) -> dict[str, Any]:
-        if self._zonemta is None:
-            return {}
-        figures = self._zonemta.read(self._runs_zonemta)
+    def _read_zonemta(self, runs: Mapping[str, bool]) -> dict[str, Any]:
+        is_asked = self._config.zonemta_url != "off" and runs.get("zonemta", False)
+        figures = self._zonemta.read(is_asked)
         if figures is None:  # the API hangs; that is logged already
             self.collect_errors += 1
         return figures or {}
@@ -3373,25 +3336,6 @@ def is_loopback(url: str) -> bool:
         return host == "localhost" or ipaddress.ip_address(host).is_loopback
     except ValueError:
         return False
-
-
-# --- systemd -----------------------------------------------------------------------------
-
-
-class Notifier:
-    """Speaks to systemd over its notify socket (sd_notify(3)); silent without one."""
-
-    def __init__(self, environ: Mapping[str, str]) -> None:
-        self._socket = sdnotify.SystemdNotifier()
-        self.is_systemd = bool(environ.get("NOTIFY_SOCKET"))
-        if self.is_systemd and self._socket.socket:
-            self._socket.socket.settimeout(1.0)  # in case systemd does not read
-        self.watchdog_s = int(environ.get("WATCHDOG_USEC", 0)) / 1e6  # 0: no watchdog
-        self.ping_s = min(10.0, self.watchdog_s / 3) or 10.0
-
-    def send(self, *lines: str) -> None:
-        if self.is_systemd:
-            self._socket.notify("\n".join(lines))
 
 
 # --- logging -----------------------------------------------------------------------------

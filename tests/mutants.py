@@ -54,7 +54,6 @@ TESTS = {
     "what runs here": "collector",
     "ZoneMTA's own figures": "zonemta",
     "settings": "settings write_settings docs",
-    "systemd": "crash agent",
     "logging": "settings agent",
     "command line": "settings dialects trouble docs",
 }

@@ -921,10 +921,7 @@ def test_a_crash_of_a_reader_is_logged_once_and_counted(
     collector = agent.Collector(make_config(check_ports="1"))
     collector.readers = {"load": fail}
     for _ in range(3):
-        try:
-            collector.collect()
-        except ZeroDivisionError:
-            collector.crashed()
+        collector.guarded(collector.collect)
     assert collector.collect_errors == 3
     assert len(caplog.records) == 1 and caplog.records[0].exc_info
 

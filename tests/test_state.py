@@ -232,7 +232,7 @@ def test_at_the_stop_all_that_waits_is_on_disk(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Although the sender cannot end in time: it looks a name up that no server answers for."""
-    monkeypatch.setattr("tinomail_agent.sdnotify.SystemdNotifier", object)
+    monkeypatch.setattr("tinomail_agent.sdnotify.SystemdNotifier", Mock)
     service = agent.Agent(make_config(), {"STATE_DIRECTORY": str(folder)})
     is_over = threading.Event()
     collector, sender = threading.Thread(), threading.Thread(target=is_over.wait)

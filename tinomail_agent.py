@@ -185,12 +185,10 @@ class Agent:
             VERSION, self._config.node_id or "(no host name yet)", self._config.interval_s,
             self._config.dashboard_url,
         )
-        received: set[int] = set()
-        while not received - {signal.SIGUSR1}:
+        while not (received := self._receive_signals()) - {signal.SIGUSR1}:
             if received:
                 log.info("%s", self._counters())
             self._supervise()
-            received = self._receive_signals()
         self._end(collector, sender)
         log.info("stopped: %s", self._counters())
         return 0
@@ -392,17 +390,15 @@ class Collector:
     def _try(self, name: str, reader: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """Run a reader; drop and count what is None, not finite, or could not be read."""
         try:
-            values = reader()
+            found = reader()
         except READ_ERRORS as error:
             self._missing(name, _reason(error))
             return {}
-        valid = {}
-        for key, value in values.items():
+        for key, value in [*found.items()]:
             if value is None or (isinstance(value, float) and not math.isfinite(value)):
                 self._missing(key, "no valid reading this time")
-            else:
-                valid[key] = value
-        return valid
+                del found[key]
+        return found
 
     def _missing(self, name: str, why: str) -> None:
         self.collect_errors += 1
@@ -3340,9 +3336,8 @@ def is_loopback(url: str) -> bool:
 
 # --- logging -----------------------------------------------------------------------------
 
-JOURNAL_PRIORITY = {  # sd-daemon(3)
-    logging.DEBUG: 7, logging.INFO: 6, logging.WARNING: 4, logging.ERROR: 3, logging.CRITICAL: 2,
-}
+# sd-daemon(3)
+JOURNAL_PRIORITY = {"DEBUG": 7, "INFO": 6, "WARNING": 4, "ERROR": 3, "CRITICAL": 2}
 
 
 class LogFormatter(logging.Formatter):
@@ -3353,7 +3348,7 @@ class LogFormatter(logging.Formatter):
         self._key, self._journal = key, journal
 
     def format(self, record: logging.LogRecord) -> str:
-        prefix = f"<{JOURNAL_PRIORITY[record.levelno]}>" if self._journal else ""
+        prefix = f"<{JOURNAL_PRIORITY[record.levelname]}>" if self._journal else ""
         return "\n".join(prefix + line for line in super().format(record).splitlines())
 
     def formatException(self, ei: Any) -> str:  # noqa: N802 (logging's own name)
@@ -3370,7 +3365,6 @@ def set_up_logging(level: str, key: str, environ: Mapping[str, str]) -> None:
     handler.setFormatter(LogFormatter(key, is_journal))
     log.handlers[:] = [handler]
     logging.raiseExceptions = False  # an agent that cannot write its log goes on
-    log.propagate = False
     log.setLevel(level.upper())
 
 
@@ -3490,11 +3484,10 @@ def unit_environ() -> dict[str, str]:
 def become_nobody() -> None:
     """Give up root, so that each file is read with the rights of the service."""
     nobody_id = 65534  # user and group, on every distribution with systemd
-    if os.geteuid() == 0:
-        with contextlib.suppress(OSError):  # a user namespace without this user
-            os.setgroups([])
-            os.setgid(nobody_id)
-            os.setuid(nobody_id)
+    with contextlib.suppress(OSError):  # not root, or a user namespace without this user
+        os.setgroups([])
+        os.setgid(nobody_id)
+        os.setuid(nobody_id)
 
 
 def main(argv: list[str] | None = None, *, installed: bool = False) -> int:

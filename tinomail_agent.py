@@ -159,7 +159,7 @@ class Agent:
         self._collector_due = math.inf  # monotonic; infinite until the first sample
         self._clock_problem = Problems()  # of the collector thread
         self._problems = Problems()  # of the main thread
-        self._systemd = sdnotify.SystemdNotifier()  # sd_notify(3); silent without $NOTIFY_SOCKET
+        self._systemd = sdnotify.SystemdNotifier()  # silent without $NOTIFY_SOCKET
         if self._systemd.socket:
             self._systemd.socket.settimeout(1.0)  # in case systemd does not read
         self._watchdog_s = int(environ.get("WATCHDOG_USEC", 0)) / 1e6  # 0: no watchdog
@@ -340,7 +340,7 @@ class Collector:
 
     def prime(self) -> None:
         """Take a first reading of every counter, so that the next one has rates."""
-        self._read_files("cpu", "disk_io", "pressure")
+        self._read_files()
         for reader in (self._processes.read, self.readers["network"]):
             with contextlib.suppress(*READ_ERRORS):  # the first sample will log it
                 reader()
@@ -349,7 +349,7 @@ class Collector:
         """Take one sample; what cannot be read is left out, logged once and counted."""
         started, taken = self._clock(), self._now()
         system: dict[str, Any] = {}
-        for name, reader in {**self.readers, **self._read_files(*LXCFS_FILES)}.items():
+        for name, reader in {**self.readers, **self._read_files()}.items():
             system.update(self._try(name, reader))
         processes = self._try("processes", self._processes.read)
         runs = {service: row["status"] == "running" for service, row in processes.items()}
@@ -381,9 +381,9 @@ class Collector:
         }
         return Sample(int(taken * 1000), pack(body))
 
-    def _read_files(self, *names: str) -> dict[str, Callable[[], dict[str, Any]]]:
-        """Call these readers in the worker; return name -> a call that gives its result."""
-        paths = {name: LXCFS_FILES[name] for name in names if name in self.readers}
+    def _read_files(self) -> dict[str, Callable[[], dict[str, Any]]]:
+        """Read LXCFS_FILES in the worker; return name -> a call that gives its result."""
+        paths = {name: path for name, path in LXCFS_FILES.items() if name in self.readers}
         answers = self._files.run({path: self.readers[name] for name, path in paths.items()})
         return {name: partial(Worker.result, answers, path) for name, path in paths.items()}
 

@@ -177,7 +177,7 @@ choose_python() {
         case $python in "$DEST"/*) python=$(readlink -f "$python") ;; esac
         [ -x "$python" ] || python=/usr/bin/python3
     fi
-    python=$(command -v "$python") || die "there is no Python: apt-get install python3, or --python FILE"
+    python=$(command -v "$python") || die "there is no $python: apt-get install python3, or --python FILE"
     python=$(realpath -s "$python")
     case $python in *[[:space:]]*) die "--python: the path must not contain a blank" 2 ;; esac
     "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' ||
@@ -267,6 +267,12 @@ new_python() { if [ -d "$new/venv" ]; then echo "$new/venv/bin/python"; else ech
 
 # ---------------------------------------------------------------- settings
 
+# For the two settings that each node needs.
+way_out() {
+    [[ $1 != *": is missing"* ]] ||
+        say '; give --url and --key-file (make deploy: KEY_FILE=, and --url in INSTALL_ARGS)'
+}
+
 # Writes the settings to $ENV_FILE.new and the CA to $CA_FILE.new.
 write_settings() {
     local said code=0 options=()
@@ -281,7 +287,7 @@ write_settings() {
     [ -z "$key_file" ] || options+=(--key-file "$key_file")
     [ $takeover = no ] || options+=(--node-agent "$NODE_AGENT/.env")
     said=$(with_agent "$new/write_settings.py" "$ENV_FILE" "${settings[@]/#/--set=}" \
-        "${options[@]}" 2>&1) || { code=$?; say "$said" >&2; die "${said##*$'\n'}" $code; }
+        "${options[@]}" 2>&1) || { code=$?; say "$said" >&2; die "${said//$'\n'/; }$(way_out "$said")" $code; }
     [ -z "$said" ] || say "$said" >&2
 }
 

@@ -49,7 +49,8 @@ LEFT_OUT = re.compile(r"\.(pyi|exe)$|/py\.typed$|/tests?/|\.dist-info/(?!.*(LICE
 def download(folder: Path, *words: str) -> list[Path]:
     """Download packages into a folder with pip; return the files."""
     command = [sys.executable, "-m", "pip", "download", "-q", "--disable-pip-version-check"]
-    subprocess.run([*command, "-d", str(folder), *words], check=True)
+    if subprocess.run([*command, "-d", str(folder), *words], check=False).returncode:
+        sys.exit("the libraries cannot be downloaded (see above): is the package index reachable?")
     return sorted(folder.iterdir())
 
 

@@ -72,6 +72,7 @@ ask() {
     field() { sed -n "s/^$1//p" <<<"$answer"; }
     version=$(field 'tinomail-agent ') state=$(field ActiveState=)
     since=$(field StateChangeTimestamp=) status=$(field StatusText=)
+    [ "$state" = active ] || status=  # of before
     say "${version:-not installed}, $state${since:+ since $since}${status:+, $status}"
     [[ $state == active && $status == ok:* ]]
 }
@@ -93,7 +94,7 @@ one() {
 
 # Prints a line for each node: its name, and its settings.
 nodes() {
-    if [ $# = 1 ] && [ -f "$1" ]; then sed 's/#.*//' "$1"; else printf '%s\n' "$@"; fi |
+    if [ $# = 1 ] && [ -f "$1" ]; then sed 's/#.*//; s/\r$//' "$1"; else printf '%s\n' "$@"; fi |
         awk 'NF && !seen[$1]++'
 }
 
@@ -127,6 +128,8 @@ if [ "$job" = deploy ]; then
     for file in "$BUNDLE" "$BUNDLE.sha256" $KEY_FILE $CA_FILE; do
         [ -r "$file" ] || wrong "cannot read $file"
     done
+    [ -z "$CA_FILE" ] || grep -q -e '-BEGIN CERTIFICATE-' "$CA_FILE" ||
+        wrong "CA_FILE=$CA_FILE holds no certificate in PEM form"
     (cd "$(dirname "$BUNDLE")" && sha256sum --status -c "$(basename "$BUNDLE").sha256") ||
         wrong "$BUNDLE is damaged: its hash is not the one in $BUNDLE.sha256; remove it, then make dist"
 fi

@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """A stand-in dashboard: takes what the agent posts, checks it strictly, keeps it in SQLite.
 
-    python tests/dashboard.py --port 8080 --key demo-key        # prints one line per sample
-    python tests/dashboard.py --api tinomail-monitor            # speaks the other dialect
+    python3 tests/dashboard.py --port 8080 --key demo-key        # prints one line per sample
+    python3 tests/dashboard.py --api tinomail-monitor            # speaks the other dialect
 
 A person and the tests use the same server. It needs nothing but Python, listens on loopback,
 and holds the agent to the wire contract (docs/metrics.md), every field's type and range

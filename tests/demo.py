@@ -62,7 +62,7 @@ def leave(number: int, frame: FrameType | None) -> NoReturn:
 def main() -> int:
     parser = argparse.ArgumentParser()
     parser.add_argument("--port", type=int)
-    parser.add_argument("--api", default="v1")
+    parser.add_argument("--api", choices=("v1", "tinomail-monitor"), default="v1")
     options = parser.parse_args()
     port, key = free_port(options.port), secrets.token_urlsafe(24)
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):

@@ -2071,10 +2071,8 @@ def read_pressure(proc: str, meter: Meter) -> dict[str, Any]:
 
 DISKS_LIMIT = 16  # the fullest ones: a post stays under 2 KB
 
-# File systems whose server may hang, besides those whose names begin with fuse.
-NETWORK_FSTYPES = frozenset(
-    "nfs nfs4 cifs smb3 smbfs ceph 9p afs ncpfs coda lustre gfs2 ocfs2 beegfs virtiofs".split()
-)
+# File systems that wait for a server or a process.
+REMOTE = re.compile(r"fuse.*|nfs4?|cifs|smb3|ceph|9p|afs|coda|lustre|gfs2|ocfs2|beegfs|virtiofs")
 
 
 class Mount(NamedTuple):
@@ -2090,22 +2088,16 @@ class Mount(NamedTuple):
     options: tuple[str, ...]  # of the file system, not of this mount of it
 
     @property
-    def is_remote(self) -> bool:
-        """Tell whether it hangs while a server or a process does not answer."""
-        return self.fstype in NETWORK_FSTYPES or self.fstype.startswith("fuse")
-
-    @property
-    def bars_way(self) -> bool:
-        """Tell whether nothing below it is read. A remote "/" bars nothing: all is below it."""
+    def may_hang(self) -> bool:
         may_expire = self.fstype == "autofs" and "timeout=0" not in self.options
-        return may_expire or (self.is_remote and self.path != "/")
+        return may_expire or bool(REMOTE.fullmatch(self.fstype))
 
     @property
     def is_local_disk(self) -> bool:
         is_on_disk = not self.device.startswith("0:") or self.fstype in ("btrfs", "zfs")
         is_loop = self.source.startswith("/dev/loop")  # the number of btrfs does not tell
         is_for_boot = f"{self.path}/".startswith(("/boot/", "/efi/"))
-        return (is_on_disk or self.path == "/") and not (self.is_remote or is_loop or is_for_boot)
+        return (is_on_disk or self.path == "/") and not (self.may_hang or is_loop or is_for_boot)
 
 
 def parse_mountinfo(data: bytes) -> list[Mount]:
@@ -2141,6 +2133,8 @@ class MountTable:
             while upper := self._by_place.get((here.mount_id, place)):
                 here = upper
                 yield place, here
+                if here.may_hang and place != "/":  # all is below "/", whatever that is
+                    return
             yield place, here
 
     def local_disks(self) -> list[list[Mount]]:
@@ -2148,8 +2142,8 @@ class MountTable:
         found: dict[str, list[Mount]] = {}
         disks = [mount for mount in self._mounts if mount.is_local_disk]
         for mount in sorted(disks, key=lambda m: (m.path != "/", m.root != "/", len(m.path))):
-            way = [passed for _, passed in self.way(mount.path)]
-            if way[-1] is mount and not any(passed.bars_way for passed in way):  # it is not hidden
+            *_, (_, reached) = self.way(mount.path)
+            if reached is mount:  # it is not hidden
                 found.setdefault(mount.device, []).append(mount)
         return list(found.values())
 
@@ -2160,12 +2154,10 @@ class MountTable:
         """
         path = os.path.normpath(path)
         for place, mount in self.way(path):
-            if mount.bars_way:
-                break
-            if hops and os.path.islink(place):
+            if hops and place != mount.path and os.path.islink(place):
                 target = os.path.join(os.path.dirname(place), os.readlink(place))
                 return self.find(f"{target}{path[len(place):]}", hops - 1)
-        if mount.bars_way or mount.is_remote:
+        if mount.may_hang:
             raise OSError(errno.EREMOTE, "network, FUSE and automounted file systems are not read")
         return path, mount
 
@@ -2413,15 +2405,14 @@ class ProcessTable:
                 continue
             with contextlib.suppress(*ENDED):
                 now = parse_stat(read_bytes(f"{self.proc}/{pid}/stat"))
-                if (known and known.comm == now.comm and known.start_ticks == now.start_ticks):
+                if known and (known.comm, known.start_ticks) == (now.comm, now.start_ticks):
                     known.state, known.ppid = now.state, now.ppid
                     known.cpu_ticks, known.threads = now.cpu_ticks, now.threads
                 else:
                     known = now
                     known.cgroup = sys.intern(os.fsdecode(read_bytes(f"{self.proc}/{pid}/cgroup")))
                     known.candidates = candidates_of(known.comm, known.cgroup)
-                    if not known.candidates:
-                        known.service = self._watched.get(known.comm, "")
+                    known.service = "" if known.candidates else self._watched.get(known.comm, "")
                     known.samples = LOOK_AGAIN if age_s(known) > OLD_PROCESS_S else 0
                 known.samples += 1
                 self._known[pid] = known

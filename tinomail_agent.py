@@ -1977,7 +1977,7 @@ class Meter:
                 # iowait may fall a little
                 and all(new >= old - CLOCK_TICKS for old, new in zip(base, reading))
             ]
-            self._bases[name] = [*bases[: not rates], (now, reading)]
+            self._bases[name] = [(now, reading)] if rates else [*bases[:1], (now, reading)]
             if bases:
                 found[name] = rates[0] if rates else None
         return found
@@ -2100,18 +2100,16 @@ class Mount(NamedTuple):
         return (is_on_disk or self.path == "/") and not (self.may_hang or is_loop or is_for_boot)
 
 
-def parse_mountinfo(data: bytes) -> list[Mount]:
+def parse_mountinfo(data: bytes) -> Iterator[Mount]:
     """Parse /proc/self/mountinfo, in the order of mounting."""
-    mounts = []
     for line in filter(None, os.fsdecode(data).split("\n")):  # other breaks are part of a path
         fields, _, tail = line.partition(" - ")
         number, parent, device, root, path, *_ = fields.split(" ")
         fstype, source, options, *_ = tail.split(" ")
         # mangle_path() in fs/seq_file.c
         path = re.sub(r"\\([0-7]{3})", lambda octal: chr(int(octal[1], 8)), path)
-        mounts.append(Mount(int(number), int(parent), device, root, path,
-                            fstype, source, tuple(options.split(","))))
-    return mounts
+        yield Mount(int(number), int(parent), device, root, path,
+                    fstype, source, tuple(options.split(",")))
 
 
 class MountTable:
@@ -2208,8 +2206,7 @@ def read_disk(table: MountTable, path: str, *others: str) -> dict[str, Any] | No
         return read_disk(table, *others)
     used = fs.f_blocks - fs.f_bfree
     share = percent(used, used + fs.f_bavail)
-    is_image = fs.f_bfree == 0 and "ro" in mount.options  # squashfs, for example
-    if share is None or is_image:
+    if share is None or (fs.f_bfree == 0 and "ro" in mount.options):  # squashfs, for example
         return None
     # Of the file system: for a service, ProtectSystem= makes mounts read-only. emergency_ro is
     # ext4's after an error (Linux 6.15).
@@ -2235,13 +2232,12 @@ def read_disk_io(proc: str, sys_root: str, meter: Meter) -> dict[str, Any]:
     counters = parse_diskstats(read_bytes(f"{proc}/diskstats"))
     block = f"{sys_root}/block"
     chosen = {}
-    for name in os.listdir(block):  # partitions are not listed
+    for name in counters.keys() & os.listdir(block):  # partitions are not listed
         # nvme0c1n1 is a hidden path to nvme0n1 (drivers/nvme/host/multipath.c). Linux before
         # 6.2 counts at the paths alone, later kernels at the disk as well.
         disk = re.sub(r"^(nvme\d+)c\d+(n\d+)$", r"\1\2", name)
         is_counted_there = disk != name and any(counters.get(disk, ()))
-        has_hardware = os.path.exists(f"{block}/{name}/device")
-        if name in counters and has_hardware and not is_counted_there:
+        if os.path.exists(f"{block}/{name}/device") and not is_counted_there:
             chosen[name] = counters[name]
     if not chosen:
         raise ValueError(f"no disk in {block}")
@@ -2404,7 +2400,7 @@ class ProcessTable:
                 self._known[pid] = known
                 continue
             with contextlib.suppress(*ENDED):
-                now = parse_stat(read_bytes(f"{self.proc}/{pid}/stat"))
+                now = parse_stat(read_bytes(f"{self.proc}/{pid}/stat", 4096))
                 if known and (known.comm, known.start_ticks) == (now.comm, now.start_ticks):
                     known.state, known.ppid = now.state, now.ppid
                     known.cpu_ticks, known.threads = now.cpu_ticks, now.threads

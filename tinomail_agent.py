@@ -1983,13 +1983,12 @@ class Meter:
         return found
 
 
-def total_rates(rates: Rates) -> tuple[int | None, int | None]:
+def total_rates(rates: Rates) -> tuple[int | None, ...]:
     """Return the rates of two counters, summed; None if one is missing."""
     known = [rate for rate in rates.values() if rate]
     if not known or len(known) < len(rates):
         return None, None
-    first, second = (round(sum(column)) for column in zip(*known))
-    return first, second
+    return tuple(round(sum(column)) for column in zip(*known))
 
 
 def percent(part: float, whole: float) -> float | None:
@@ -2312,7 +2311,7 @@ class Process:
     candidates: tuple[str, ...] = ()  # the services that it may belong to
     service: str = ""  # "" for none
     proof: str = ""  # as in Identity
-    samples: int = 0  # in which it was read
+    until: int = 0  # the round until which it is read in each one
     cmdline: bytes | None = None  # None: not needed, or it could not be read yet
 
     @property
@@ -2396,7 +2395,7 @@ class ProcessTable:
         for pid in map(int, filter(str.isdigit, os.listdir(self.proc))):
             known = before.get(pid)
             if (known and (self._round + pid) % LOOK_AGAIN and not known.candidates
-                    and not known.service and known.samples > LOOK_AGAIN):
+                    and not known.service and self._round > known.until):
                 self._known[pid] = known
                 continue
             with contextlib.suppress(*ENDED):
@@ -2409,8 +2408,7 @@ class ProcessTable:
                     known.cgroup = sys.intern(os.fsdecode(read_bytes(f"{self.proc}/{pid}/cgroup")))
                     known.candidates = candidates_of(known.comm, known.cgroup)
                     known.service = "" if known.candidates else self._watched.get(known.comm, "")
-                    known.samples = LOOK_AGAIN if age_s(known) > OLD_PROCESS_S else 0
-                known.samples += 1
+                    known.until = self._round + (0 if age_s(known) > OLD_PROCESS_S else LOOK_AGAIN)
                 self._known[pid] = known
                 looked.append(known)
         return looked

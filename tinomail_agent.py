@@ -2378,8 +2378,8 @@ class ProcessTable:
             (p.pid, p.start_ticks): (p.cpu_ticks,) for its in members.values() for p in its
         })
         self._read_at, seconds = self.clock(), self.clock() - self._read_at
-        unclear = {service for process in looked if process.cmdline is None and not process.service
-                   for service in process.candidates}
+        unclear = {service for p in looked if p.cmdline is None and not p.service
+                   for service in p.candidates}
         rows = {s: self._describe(its, seconds, rates) for s, its in members.items()}
         for service in unclear:
             if rows[service]["status"] != "running":
@@ -2440,12 +2440,12 @@ class ProcessTable:
         Beside one that is known by its own name, those in its cgroup that are known by their
         unit alone are helpers and do not count.
         """
-        ours = [process for process in looked if process.service]
+        ours = [p for p in looked if p.service]
         named = {(p.service, p.cgroup) for p in ours if p.proof == "name" and not p.is_dead}
-        node_cgroups = {process.cgroup for process in ours if process.service in NODE_SERVICES}
+        node_cgroups = {p.cgroup for p in ours if p.service in NODE_SERVICES}
         self._node_processes = sum(  # that share Node's program
-            process.service in NODE_SERVICES or bool(NODE_COMM.match(process.comm))
-            for process in looked if process.cgroup in node_cgroups
+            p.service in NODE_SERVICES or bool(NODE_COMM.match(p.comm))
+            for p in looked if p.cgroup in node_cgroups
         )
         members: dict[str, list[Process]] = {s: [] for s in (*SERVICES, *self._watched.values())}
         for process in ours:
@@ -2456,7 +2456,7 @@ class ProcessTable:
     def _describe(self, its: list[Process], seconds: float, rates: Rates) -> dict[str, Any]:
         if not its:
             return {"status": "not_found", "pid": None, "memory_mb": 0, "cpu_percent": 0}
-        pids = {process.pid for process in its}
+        pids = {p.pid for p in its}
         main = min(its, key=lambda p: (p.is_dead, p.ppid in pids, p.start_ticks, p.pid))
         used = 0.0
         for process in its:
@@ -2492,7 +2492,7 @@ class ProcessTable:
         if is_node:  # services that run on Node share its program
             program = program * len(its) // self._node_processes
         with contextlib.suppress(OSError, ValueError, LookupError):
-            cgroups = {process.cgroup for process in its}
+            cgroups = {p.cgroup for p in its}
             accounts = [cgroup_kib(cgroup, self.cgroup_root, held.keys()) for cgroup in cgroups]
             anon = sum(anon for anon, _ in accounts)
             # A process that was moved into its cgroup left its pages with the one before.

@@ -2166,10 +2166,10 @@ def read_disks(
     # ZFS gives no name of a mount while it receives or rolls back.
     data = worker.call("the list of mounts", lambda: read_bytes(f"{proc}/self/mountinfo"))
     table = MountTable(parse_mountinfo(data))
-    ways, whose = [[mount.path for mount in mounts] for mounts in table.local_disks()], ""
-    if paths is not None:
-        ways, whose = [[path] for path in paths], " of DISK_PATHS"
-    calls = {f"disk {_printable(way[0])}{whose}": partial(read_disk, table, *way) for way in ways}
+    calls = {f"disk {path} of DISK_PATHS": partial(read_disk, table, path) for path in paths or ()}
+    if paths is None:
+        ways = [[mount.path for mount in mounts] for mounts in table.local_disks()]
+        calls = {f"disk {_printable(way[0])}": partial(read_disk, table, *way) for way in ways}
     answers = worker.run(calls)
     for name, answer in answers.items():
         if isinstance(answer, Exception):

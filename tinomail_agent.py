@@ -97,6 +97,7 @@ from datetime import timezone
 from email.utils import parsedate_to_datetime
 from enum import Enum
 from functools import partial
+from itertools import accumulate
 from typing import Any, NamedTuple, TypeVar
 from urllib.parse import urlsplit
 
@@ -327,10 +328,10 @@ class Collector:
             "disks": lambda: read_disks(proc, paths, missing, disks),
             "disk_io": partial(read_disk_io, proc, sys_root, Meter(clock)),
             "network": partial(read_network, sys_root, interfaces, missing, Meter(clock)),
-            "load": lambda: read_load(proc),
+            "load": lambda: {"load_avg": read_numbers(f"{proc}/loadavg", 3)},
             "tcp_connections": lambda: read_tcp(proc),
-            "open_files": lambda: read_open_files(proc),
-            "uptime": lambda: read_uptime(proc),
+            "open_files": lambda: {"open_files": int(read_numbers(f"{proc}/sys/fs/file-nr")[0])},
+            "uptime": lambda: {"uptime_seconds": int(read_numbers(f"{proc}/uptime")[0])},
             "pressure": partial(read_pressure, proc, Meter(clock)),
             "oom_kills": lambda: read_oom_kills(proc),
             "listen_overflows": lambda: read_listen_overflows(proc),
@@ -1919,37 +1920,34 @@ class Meter:
     Both are kept until then: a wrong one must not become the base of a rate.
     """
 
-    TOLERANCE = CLOCK_TICKS  # a smaller fall is none: iowait may fall a little
-
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
         self._bases: dict[Any, list[tuple[float, Sequence[float]]]] = {}  # the best base first
 
     def rates(self, readings: Mapping[Any, Sequence[float]]) -> Rates:
         """Return name -> growth a second, None if a counter fell; a new name has none yet."""
-        now = self._clock()
-        found: dict[Any, list[float] | None] = {}
+        now, found = self._clock(), {}
         before, self._bases = self._bases, {}
         for name, reading in readings.items():
-            self._bases[name] = [(now, reading)]
-            if bases := before.get(name):
-                found[name] = next((
-                    [max(0, new - old) / (now - then) for old, new in zip(base, reading)]
-                    for then, base in bases if now > then
-                    and all(new >= old - self.TOLERANCE for old, new in zip(base, reading))
-                ), None)
-                if found[name] is None:
-                    self._bases[name] = [bases[0], (now, reading)]
+            bases = before.get(name, [])
+            rates = [
+                [max(0, new - old) / (now - then) for old, new in zip(base, reading)]
+                for then, base in bases if now > then
+                # iowait may fall a little
+                and all(new >= old - CLOCK_TICKS for old, new in zip(base, reading))
+            ]
+            self._bases[name] = [(now, reading)] if rates else [*bases[:1], (now, reading)]
+            if bases:
+                found[name] = rates[0] if rates else None
         return found
 
 
-def total_rates(rates: Rates) -> tuple[int | None, int | None]:
+def total_rates(rates: Rates) -> tuple[int | None, ...]:
     """Return the rates of two counters, summed; None if one is missing."""
     known = [rate for rate in rates.values() if rate]
     if not known or len(known) < len(rates):
         return None, None
-    first, second = (round(sum(column)) for column in zip(*known))
-    return first, second
+    return tuple(round(sum(column)) for column in zip(*known))
 
 
 def percent(part: float, whole: float) -> float | None:
@@ -2005,17 +2003,9 @@ def read_memory(proc: str) -> dict[str, Any]:
     return found
 
 
-# In an LXC container these two files show the container, the system calls the host.
-def read_load(proc: str) -> dict[str, Any]:
-    return {"load_avg": [float(load) for load in read_bytes(f"{proc}/loadavg").split()[:3]]}
-
-
-def read_uptime(proc: str) -> dict[str, Any]:
-    return {"uptime_seconds": int(float(read_bytes(f"{proc}/uptime").split()[0]))}
-
-
-def read_open_files(proc: str) -> dict[str, Any]:
-    return {"open_files": int(read_bytes(f"{proc}/sys/fs/file-nr").split()[0])}
+# In an LXC container loadavg and uptime show the container, the system calls the host.
+def read_numbers(path: str, count: int = 1) -> list[float]:
+    return [float(number) for number in read_bytes(path).split()[:count]]
 
 
 def read_oom_kills(proc: str) -> dict[str, Any]:
@@ -2039,14 +2029,8 @@ def read_pressure(proc: str, meter: Meter) -> dict[str, Any]:
 
 DISKS_LIMIT = 16  # the fullest ones: a post stays under 2 KB
 
-# File systems whose server may hang, besides those whose names begin with fuse.
-NETWORK_FSTYPES = frozenset(
-    "nfs nfs4 cifs smb3 smbfs ceph 9p afs ncpfs coda lustre gfs2 ocfs2 beegfs virtiofs".split()
-)
-UNWATCHED_PATHS = re.compile(r"/(boot|efi)(/|$)|(?s:.*)//deleted$")
-# emergency_ro is ext4's after an error (Linux 6.15). The flags of a mount do not tell: for a
-# service, ProtectSystem= makes mounts read-only.
-READ_ONLY = {"ro", "emergency_ro"}
+# File systems that wait for a server or a process.
+REMOTE = re.compile(r"fuse.*|nfs4?|cifs|smb3|ceph|9p|afs|coda|lustre|gfs2|ocfs2|beegfs|virtiofs")
 
 
 class Mount(NamedTuple):
@@ -2062,36 +2046,28 @@ class Mount(NamedTuple):
     options: tuple[str, ...]  # of the file system, not of this mount of it
 
     @property
-    def is_remote(self) -> bool:
-        """Tell whether it hangs while a server or a process does not answer."""
-        return self.fstype in NETWORK_FSTYPES or self.fstype.startswith("fuse")
-
-    @property
-    def bars_way(self) -> bool:
-        """Tell whether nothing below it is read. A remote "/" bars nothing: all is below it."""
+    def may_hang(self) -> bool:
         may_expire = self.fstype == "autofs" and "timeout=0" not in self.options
-        return may_expire or (self.is_remote and self.path != "/")
+        return may_expire or bool(REMOTE.fullmatch(self.fstype))
 
     @property
     def is_local_disk(self) -> bool:
         is_on_disk = not self.device.startswith("0:") or self.fstype in ("btrfs", "zfs")
         is_loop = self.source.startswith("/dev/loop")  # the number of btrfs does not tell
-        is_unwatched = self.is_remote or is_loop or UNWATCHED_PATHS.match(self.path)
-        return (is_on_disk or self.path == "/") and not is_unwatched
+        is_for_boot = f"{self.path}/".startswith(("/boot/", "/efi/"))
+        return (is_on_disk or self.path == "/") and not (self.may_hang or is_loop or is_for_boot)
 
 
-def parse_mountinfo(data: bytes) -> list[Mount]:
+def parse_mountinfo(data: bytes) -> Iterator[Mount]:
     """Parse /proc/self/mountinfo, in the order of mounting."""
-    mounts = []
     for line in filter(None, os.fsdecode(data).split("\n")):  # other breaks are part of a path
         fields, _, tail = line.partition(" - ")
         number, parent, device, root, path, *_ = fields.split(" ")
         fstype, source, options, *_ = tail.split(" ")
         # mangle_path() in fs/seq_file.c
         path = re.sub(r"\\([0-7]{3})", lambda octal: chr(int(octal[1], 8)), path)
-        mounts.append(Mount(int(number), int(parent), device, root, path,
-                            fstype, source, tuple(options.split(","))))
-    return mounts
+        yield Mount(int(number), int(parent), device, root, path,
+                    fstype, source, tuple(options.split(",")))
 
 
 class MountTable:
@@ -2109,12 +2085,12 @@ class MountTable:
     def way(self, path: str) -> Iterator[tuple[str, Mount]]:
         """Yield each directory of an absolute path, with each mount entered there."""
         here = Mount(-1, -1, "", "/", "/", "", "", ())
-        names = [name for name in path.split("/") if name]
-        for count in range(len(names) + 1):
-            place = "/" + "/".join(names[:count])
+        for place in accumulate(filter(None, path.split("/")), os.path.join, initial="/"):
             while upper := self._by_place.get((here.mount_id, place)):
                 here = upper
                 yield place, here
+                if here.may_hang and place != "/":  # all is below "/", whatever that is
+                    return
             yield place, here
 
     def local_disks(self) -> list[list[Mount]]:
@@ -2122,8 +2098,8 @@ class MountTable:
         found: dict[str, list[Mount]] = {}
         disks = [mount for mount in self._mounts if mount.is_local_disk]
         for mount in sorted(disks, key=lambda m: (m.path != "/", m.root != "/", len(m.path))):
-            way = [passed for _, passed in self.way(mount.path)]
-            if way[-1] is mount and not any(passed.bars_way for passed in way):  # it is not hidden
+            *_, (_, reached) = self.way(mount.path)
+            if reached is mount:  # it is not hidden
                 found.setdefault(mount.device, []).append(mount)
         return list(found.values())
 
@@ -2134,12 +2110,10 @@ class MountTable:
         """
         path = os.path.normpath(path)
         for place, mount in self.way(path):
-            if mount.bars_way:
-                break
-            if hops and os.path.islink(place):
+            if hops and place != mount.path and os.path.islink(place):
                 target = os.path.join(os.path.dirname(place), os.readlink(place))
                 return self.find(f"{target}{path[len(place):]}", hops - 1)
-        if mount.bars_way or mount.is_remote:
+        if mount.may_hang:
             raise OSError(errno.EREMOTE, "network, FUSE and automounted file systems are not read")
         return path, mount
 
@@ -2151,12 +2125,10 @@ def read_disks(
     # ZFS gives no name of a mount while it receives or rolls back.
     data = worker.call("the list of mounts", lambda: read_bytes(f"{proc}/self/mountinfo"))
     table = MountTable(parse_mountinfo(data))
+    calls = {f"disk {path} of DISK_PATHS": partial(read_disk, table, path) for path in paths or ()}
     if paths is None:
-        wanted = {f"disk {_printable(mounts[0].path)}": [mount.path for mount in mounts]
-                  for mounts in table.local_disks()}
-    else:
-        wanted = {f"disk {path} of DISK_PATHS": [path] for path in paths}
-    calls = {name: functools.partial(read_disk, table, *ways) for name, ways in wanted.items()}
+        ways = [[mount.path for mount in mounts] for mounts in table.local_disks()]
+        calls = {f"disk {_printable(way[0])}": partial(read_disk, table, *way) for way in ways}
     answers = worker.run(calls)
     for name, answer in answers.items():
         if isinstance(answer, Exception):
@@ -2192,13 +2164,14 @@ def read_disk(table: MountTable, path: str, *others: str) -> dict[str, Any] | No
         return read_disk(table, *others)
     used = fs.f_blocks - fs.f_bfree
     share = percent(used, used + fs.f_bavail)
-    is_image = fs.f_bfree == 0 and "ro" in mount.options  # squashfs, for example
-    if share is None or is_image:
+    if share is None or (fs.f_bfree == 0 and "ro" in mount.options):  # squashfs, for example
         return None
+    # Of the file system: for a service, ProtectSystem= makes mounts read-only. emergency_ro is
+    # ext4's after an error (Linux 6.15).
+    is_read_only = not {"ro", "emergency_ro"}.isdisjoint(mount.options)
     row = {
         "mount": _printable(mount.path), "used_percent": share,
-        "free_bytes": fs.f_bavail * fs.f_frsize,
-        "read_only": not READ_ONLY.isdisjoint(mount.options),
+        "free_bytes": fs.f_bavail * fs.f_frsize, "read_only": is_read_only,
     }
     if fs.f_files:  # btrfs and FAT have no table of inodes
         row["inodes_used_percent"] = percent(fs.f_files - fs.f_ffree, fs.f_files)
@@ -2217,13 +2190,12 @@ def read_disk_io(proc: str, sys_root: str, meter: Meter) -> dict[str, Any]:
     counters = parse_diskstats(read_bytes(f"{proc}/diskstats"))
     block = f"{sys_root}/block"
     chosen = {}
-    for name in os.listdir(block):  # partitions are not listed
+    for name in counters.keys() & os.listdir(block):  # partitions are not listed
         # nvme0c1n1 is a hidden path to nvme0n1 (drivers/nvme/host/multipath.c). Linux before
         # 6.2 counts at the paths alone, later kernels at the disk as well.
         disk = re.sub(r"^(nvme\d+)c\d+(n\d+)$", r"\1\2", name)
         is_counted_there = disk != name and any(counters.get(disk, ()))
-        has_hardware = os.path.exists(f"{block}/{name}/device")
-        if name in counters and has_hardware and not is_counted_there:
+        if os.path.exists(f"{block}/{name}/device") and not is_counted_there:
             chosen[name] = counters[name]
     if not chosen:
         raise ValueError(f"no disk in {block}")
@@ -2238,9 +2210,8 @@ def read_network(
     counters = psutil.net_io_counters(pernic=True, nowrap=False)
     if names is None:
         names = choose_interfaces(f"{sys_root}/class/net", counters)
-    for name in names:
-        if name not in counters:
-            missing(f"interface {name} of NET_INTERFACES", "there is none")
+    for name in set(names) - counters.keys():
+        missing(f"interface {name} of NET_INTERFACES", "there is none")
     chosen = {name: counters[name] for name in names if name in counters}
     if not chosen:
         raise ValueError("no interface but lo, or none of NET_INTERFACES")
@@ -2284,8 +2255,9 @@ def choose_interfaces(base: str, present: Iterable[str]) -> Sequence[str]:
 # --- processes ---------------------------------------------------------------------------
 
 
-class ProcessStat(NamedTuple):
-    """A part of /proc/PID/stat (proc_pid_stat(5)); times in clock ticks."""
+@dataclass(slots=True)
+class Process:
+    """A part of /proc/PID/stat (proc_pid_stat(5)), times in clock ticks; and what it is."""
 
     pid: int
     comm: str
@@ -2294,24 +2266,28 @@ class ProcessStat(NamedTuple):
     cpu_ticks: int  # user + system
     threads: int
     start_ticks: int  # since boot; a process is identified by its pid and this
+    cgroup: str = ""  # the text of /proc/PID/cgroup
+    candidates: tuple[str, ...] = ()  # the services that it may belong to
+    service: str = ""  # "" for none
+    proof: str = ""  # as in Identity
+    until: int = 0  # the round until which it is read in each one
+    cmdline: bytes | None = None  # None: not needed, or it could not be read yet
 
     @property
     def is_dead(self) -> bool:  # other threads may go on when the main one has ended
         return self.state in "ZXx" and self.threads <= 1
 
 
-def parse_stat(data: bytes) -> ProcessStat:
+def parse_stat(data: bytes) -> Process:
     """Parse /proc/PID/stat; comm may hold blanks and parentheses."""
-    head, _, rest = data.rpartition(b") ")
-    pid, _, comm = head.partition(b" (")
-    fields = rest.split(None, 20)
-    return ProcessStat(
-        int(pid), comm.decode("utf-8", "replace"), fields[0].decode("ascii", "replace"),
-        int(fields[1]), int(fields[11]) + int(fields[12]), int(fields[17]), int(fields[19]),
-    )
+    head, _, rest = data.decode("utf-8", "replace").rpartition(") ")
+    pid, _, comm = head.partition(" (")
+    state, ppid, *fields = rest.split(None, 20)
+    cpu_ticks = int(fields[9]) + int(fields[10])
+    return Process(int(pid), comm, state, int(ppid), cpu_ticks, int(fields[15]), int(fields[17]))
 
 
-def age_s(process: ProcessStat) -> float:
+def age_s(process: Process) -> float:
     return time.clock_gettime(time.CLOCK_BOOTTIME) - process.start_ticks / CLOCK_TICKS
 
 
@@ -2322,25 +2298,11 @@ def parse_statm(statm: bytes) -> tuple[int, int]:
 
 
 ENDED = (FileNotFoundError, ProcessLookupError, ValueError, IndexError)  # while it was read
-CMDLINE_LIMIT_BYTES = 4096
 COMMON_LIBRARIES_KIB = 6 * 1024  # libc and others, which other programs map
 # What cannot belong to a service is read in its first LOOK_AGAIN samples, since it may still call
 # exec(), then in one of LOOK_AGAIN. If it is older at first sight, the first ones are left out.
 LOOK_AGAIN = 8
 OLD_PROCESS_S = 120
-
-
-@dataclass(slots=True)
-class Known:
-    """What is known of a process."""
-
-    stat: ProcessStat
-    cgroup: str  # the text of /proc/PID/cgroup
-    candidates: tuple[str, ...]  # the services that it may belong to
-    service: str  # "" for none
-    proof: str  # as in Identity
-    samples: int  # in which it was read
-    cmdline: bytes | None = None  # None: not needed, or it could not be read yet
 
 
 @dataclass
@@ -2357,7 +2319,7 @@ class ProcessTable:
     def __post_init__(self) -> None:
         self._watched = {comm: service for service, comm in self.watched}
         self._meter = Meter(self.clock)
-        self._known: dict[int, Known] = {}  # by pid
+        self._known: dict[int, Process] = {}  # by pid
         self._round = 0
         self._read_at = self.clock()
 
@@ -2370,13 +2332,13 @@ class ProcessTable:
             raise PermissionError("other users' processes are hidden (hidepid on /proc)")
         looked = self._look()
         self._identify(looked)
-        self._known |= {known.stat.pid: known for known in looked}
         members = self._members(looked)
-        found = [known.stat for its in members.values() for known in its]
-        rates = self._meter.rates({(p.pid, p.start_ticks): (p.cpu_ticks,) for p in found})
+        rates = self._meter.rates({
+            (p.pid, p.start_ticks): (p.cpu_ticks,) for its in members.values() for p in its
+        })
         self._read_at, seconds = self.clock(), self.clock() - self._read_at
-        unclear = {service for known in looked if known.cmdline is None and not known.service
-                   for service in known.candidates}
+        unclear = {service for p in looked if p.cmdline is None and not p.service
+                   for service in p.candidates}
         rows = {s: self._describe(its, seconds, rates) for s, its in members.items()}
         for service in unclear:
             if rows[service]["status"] != "running":
@@ -2384,9 +2346,7 @@ class ProcessTable:
                 self.missing(service, "the command line of what may be its process hangs")
         return rows
 
-    # - which processes there are
-
-    def _look(self) -> list[Known]:
+    def _look(self) -> list[Process]:
         """Read the processes that are due, but not their command lines."""
         self._round += 1
         before, self._known = self._known, {}
@@ -2394,77 +2354,71 @@ class ProcessTable:
         for pid in map(int, filter(str.isdigit, os.listdir(self.proc))):
             known = before.get(pid)
             if (known and (self._round + pid) % LOOK_AGAIN and not known.candidates
-                    and not known.service and known.samples >= LOOK_AGAIN):
+                    and not known.service and self._round > known.until):
                 self._known[pid] = known
                 continue
             with contextlib.suppress(*ENDED):
-                looked.append(self._look_at(pid, known))
+                now = parse_stat(read_bytes(f"{self.proc}/{pid}/stat", 4096))
+                if known and (known.comm, known.start_ticks) == (now.comm, now.start_ticks):
+                    known.state, known.ppid = now.state, now.ppid
+                    known.cpu_ticks, known.threads = now.cpu_ticks, now.threads
+                else:
+                    known = now
+                    known.cgroup = sys.intern(os.fsdecode(read_bytes(f"{self.proc}/{pid}/cgroup")))
+                    known.candidates = candidates_of(known.comm, known.cgroup)
+                    known.service = "" if known.candidates else self._watched.get(known.comm, "")
+                    known.until = self._round + (0 if age_s(known) > OLD_PROCESS_S else LOOK_AGAIN)
+                self._known[pid] = known
+                looked.append(known)
         return looked
 
-    def _look_at(self, pid: int, known: Known | None) -> Known:
-        stat = parse_stat(read_bytes(f"{self.proc}/{pid}/stat"))
-        if (known and known.stat.comm == stat.comm
-                and known.stat.start_ticks == stat.start_ticks):
-            known.stat, known.samples = stat, known.samples + 1
-            return known
-        cgroup = sys.intern(os.fsdecode(read_bytes(f"{self.proc}/{pid}/cgroup")))
-        candidates = candidates_of(stat.comm, cgroup)
-        service = "" if candidates else self._watched.get(stat.comm, "")
-        samples = LOOK_AGAIN if age_s(stat) > OLD_PROCESS_S else 0
-        return Known(stat, cgroup, candidates, service, "", samples)
-
-    def _identify(self, looked: list[Known]) -> None:
+    def _identify(self, looked: list[Process]) -> None:
         """Read the command lines that are needed; drop what has ended."""
-        asked = {f"the command line of process {k.stat.pid} ({_printable(k.stat.comm)})": k
-                 for k in looked if k.candidates}
+        asked = {f"the command line of process {p.pid} ({_printable(p.comm)})": p
+                 for p in looked if p.candidates}
         cmdlines = self.worker.run({
-            name: functools.partial(
-                read_bytes, f"{self.proc}/{known.stat.pid}/cmdline", CMDLINE_LIMIT_BYTES)
-            for name, known in asked.items()
+            name: partial(read_bytes, f"{self.proc}/{process.pid}/cmdline", 4096)
+            for name, process in asked.items()
         })
-        for name, known in asked.items():
+        for name, process in asked.items():
             cmdline = cmdlines.get(name)  # None: it hangs
             if isinstance(cmdline, ENDED):
-                looked.remove(known)
+                looked.remove(process)
             elif isinstance(cmdline, Exception):
                 raise cmdline
             # That of a dead process is empty: what is known of it remains.
-            elif known.cmdline is None or (cmdline and cmdline != known.cmdline):
-                known.cmdline, comm = cmdline, known.stat.comm
-                known.service, known.proof = identify(comm, cmdline or b"", known.cgroup)
-                if cmdline is not None and not known.service:
-                    known.service = self._watched.get(comm, "")
+            elif process.cmdline is None or (cmdline and cmdline != process.cmdline):
+                process.cmdline, comm = cmdline, process.comm
+                process.service, process.proof = identify(comm, cmdline or b"", process.cgroup)
+                if cmdline is not None and not process.service:
+                    process.service = self._watched.get(comm, "")
 
-    def _members(self, looked: Iterable[Known]) -> dict[str, list[Known]]:
+    def _members(self, looked: Iterable[Process]) -> dict[str, list[Process]]:
         """Return service -> its processes.
 
         Beside one that is known by its own name, those in its cgroup that are known by their
         unit alone are helpers and do not count.
         """
-        ours = [known for known in looked if known.service]
-        named = {(known.service, known.cgroup) for known in ours
-                 if known.proof == "name" and not known.stat.is_dead}
-        node_cgroups = {known.cgroup for known in ours if known.service in NODE_SERVICES}
+        ours = [p for p in looked if p.service]
+        named = {(p.service, p.cgroup) for p in ours if p.proof == "name" and not p.is_dead}
+        node_cgroups = {p.cgroup for p in ours if p.service in NODE_SERVICES}
         self._node_processes = sum(  # that share Node's program
-            known.service in NODE_SERVICES or bool(NODE_COMM.match(known.stat.comm))
-            for known in looked if known.cgroup in node_cgroups
+            p.service in NODE_SERVICES or bool(NODE_COMM.match(p.comm))
+            for p in looked if p.cgroup in node_cgroups
         )
-        members: dict[str, list[Known]] = {s: [] for s in (*SERVICES, *self._watched.values())}
-        for known in ours:
-            if known.proof != "unit" or (known.service, known.cgroup) not in named:
-                members[known.service].append(known)
+        members: dict[str, list[Process]] = {s: [] for s in (*SERVICES, *self._watched.values())}
+        for process in ours:
+            if process.proof != "unit" or (process.service, process.cgroup) not in named:
+                members[process.service].append(process)
         return members
 
-    # - what they use
-
-    def _describe(self, its: list[Known], seconds: float, rates: Rates) -> dict[str, Any]:
+    def _describe(self, its: list[Process], seconds: float, rates: Rates) -> dict[str, Any]:
         if not its:
             return {"status": "not_found", "pid": None, "memory_mb": 0, "cpu_percent": 0}
-        found = [known.stat for known in its]
-        pids = {process.pid for process in found}
-        main = min(found, key=lambda p: (p.is_dead, p.ppid in pids, p.start_ticks, p.pid))
+        pids = {p.pid for p in its}
+        main = min(its, key=lambda p: (p.is_dead, p.ppid in pids, p.start_ticks, p.pid))
         used = 0.0
-        for process in found:
+        for process in its:
             key = process.pid, process.start_ticks
             if rate := rates.get(key):
                 used += rate[0]
@@ -2478,27 +2432,26 @@ class ProcessTable:
             "uptime_seconds": max(0, int(age_s(main))),
         }
 
-    def _memory_kib(self, its: list[Known]) -> int:
+    def _memory_kib(self, its: list[Process]) -> int:
         """Return the memory of a service; pages that its processes share count once.
 
         This is near the sum of PSS, which needs privileges: what its own cgroups account for,
         or else an estimate from what the processes hold.
         """
         held: dict[int, tuple[int, int]] = {}  # pid -> anonymous and other KiB
-        for process in (known.stat for known in its):
+        for process in its:
             with contextlib.suppress(*ENDED):
                 folder = f"{self.proc}/{process.pid}"
                 if process.state == "Z" and not process.is_dead:  # its main thread has ended
                     folder += f"/task/{max(os.listdir(f'{folder}/task'), key=int)}"
                 held[process.pid] = parse_statm(read_bytes(f"{folder}/statm"))
-        largest_anon = max((anon for anon, _ in held.values()), default=0)
-        largest_shared = max((shared for _, shared in held.values()), default=0)
-        program = max(0, largest_shared - COMMON_LIBRARIES_KIB)
+        largest_anon, largest_shared = map(max, zip((0, 0), *held.values()))
+        program: int = max(0, largest_shared - COMMON_LIBRARIES_KIB)
         is_node = its[0].service in NODE_SERVICES
         if is_node:  # services that run on Node share its program
             program = program * len(its) // self._node_processes
         with contextlib.suppress(OSError, ValueError, LookupError):
-            cgroups = {known.cgroup for known in its}
+            cgroups = {p.cgroup for p in its}
             accounts = [cgroup_kib(cgroup, self.cgroup_root, held.keys()) for cgroup in cgroups]
             anon = sum(anon for anon, _ in accounts)
             # A process that was moved into its cgroup left its pages with the one before.
@@ -2506,8 +2459,7 @@ class ProcessTable:
                 # The program is often accounted for elsewhere: where it was read first.
                 return anon + max(program, sum(mapped for _, mapped in accounts))
         # A child that a native server forks shares its parent's pages. Node starts programs.
-        parents = {k.stat.pid: k.stat.ppid for k in its if not is_node}
-        common = {pid: held[ppid][0] for pid, ppid in parents.items() if ppid in held}
+        common = {p.pid: held[p.ppid][0] for p in its if p.ppid in held and not is_node}
         return program + sum(max(0, kib - common.get(pid, 0)) for pid, (kib, _) in held.items())
 
 

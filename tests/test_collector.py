@@ -41,7 +41,7 @@ def test_stat_with_any_comm(comm: str) -> None:
     rest = "S 7 " + " ".join(str(i) for i in range(5, 53))
     found = agent.parse_stat(f"42 ({comm}) {rest}\n".encode())
     # fields 14 and 15 are utime and stime, 20 the threads, 22 the start (proc_pid_stat(5))
-    assert found == agent.ProcessStat(42, comm, "S", 7, 14 + 15, 20, 22)
+    assert found == agent.Process(42, comm, "S", 7, 14 + 15, 20, 22)
 
 
 @pytest.mark.parametrize("data", [b"", b"1 (a", b"1 (a) S 1 1", b"x (a) S " + b"1 " * 30])

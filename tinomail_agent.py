@@ -2635,14 +2635,8 @@ NOT_SERVING = frozenset(
 )
 
 
-def classify(comm: str, cmdline: bytes, *, cgroup: str = "", state: str = "S") -> str | None:
-    """Return the service that a process belongs to, None for none."""
-    service, _ = identify(comm, b"" if state == "Z" else cmdline, cgroup)
-    return service or None
-
-
 def identify(comm: str, cmdline: bytes, cgroup: str = "") -> Identity:
-    """Return the service of a process; by comm alone if cmdline is empty."""
+    """Return the service of a process, NOBODY for none; by comm alone if cmdline is empty."""
     raw = cmdline.decode("utf-8", "replace")
     args = (raw.rstrip("\0") or comm).split("\0")
     if service := first_match(SERVICE_COMMS, comm):
@@ -2650,8 +2644,7 @@ def identify(comm: str, cmdline: bytes, cgroup: str = "") -> Identity:
         is_script = names[0] != comm and comm in names[1:]  # args[0] is its interpreter
         is_other = is_script or any(NOT_THE_SERVER.fullmatch(arg) for arg in args)
         return NOBODY if is_other else (service, "name")
-    unit = next(iter(unit_services(cgroup)), "")
-    by_unit = (unit, "unit") if unit else NOBODY
+    by_unit = next(((unit, "unit") for unit in unit_services(cgroup)), NOBODY)
     if len(args) == 1 and args[0][:15].rstrip() == comm.rstrip():
         title = args[0]
         if NOT_A_TITLE.fullmatch(title):
@@ -2679,8 +2672,7 @@ def candidates_of(comm: str, cgroup: str) -> tuple[str, ...]:
 
 
 def unit_services(cgroup: str) -> tuple[str, ...]:
-    found = (unit.lower().replace("-", "") for unit in SERVICE_UNIT.findall(cgroup))
-    return tuple(dict.fromkeys(found))
+    return tuple(unit.lower().replace("-", "") for unit in SERVICE_UNIT.findall(cgroup))
 
 
 def first_match(table: Iterable[tuple[re.Pattern[str], T]], text: str) -> T | None:

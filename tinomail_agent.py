@@ -79,7 +79,6 @@ import queue
 import random
 import re
 import select
-import selectors
 import signal
 import socket
 import ssl
@@ -2705,15 +2704,7 @@ TCP_ESTABLISHED, TCP_TIME_WAIT, TCP_CLOSE_WAIT, TCP_LISTEN = 1, 6, 8, 10
 # SYN_SENT, FIN_WAIT1, FIN_WAIT2, CLOSE_WAIT, LAST_ACK, LISTEN, CLOSING
 TCP_OTHER_STATES = (2, 4, 5, 8, 9, 10, 11)
 TIMEWAIT_TIMER = 3  # idiag_timer of a closed socket in FIN_WAIT2
-INET_DIAG_SKV6ONLY = 11
-
-
-def netlink_parts(data: memoryview, head: str) -> Iterator[tuple[int, memoryview]]:
-    """Yield (kind, all of it) of messages or attributes; head: struct of length, kind."""
-    while len(data) >= struct.calcsize(head):
-        length, kind = struct.unpack_from(head, data)
-        yield kind, data[:length]
-        data = data[(length + 3) & ~3 or len(data) :]
+V6ONLY = struct.pack("=HHB", 5, 11, 1)  # an attribute: its length, INET_DIAG_SKV6ONLY, True
 
 
 def dump_tcp(*states: int) -> Iterator[memoryview]:
@@ -2723,14 +2714,16 @@ def dump_tcp(*states: int) -> Iterator[memoryview]:
     with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, NETLINK_SOCK_DIAG) as sock:
         sock.settimeout(HANG_LIMIT_S)
         sock.send(request)
-        while True:
-            for kind, message in netlink_parts(memoryview(sock.recv(256 * 1024)), "=IH"):
+        while data := memoryview(sock.recv(256 * 1024)):
+            while data:
+                length, kind = struct.unpack_from("=IH", data)
                 if kind == NLMSG_DONE:
                     return
                 if kind == NLMSG_ERROR:
-                    code = -struct.unpack_from("=i", message, 16)[0]
+                    code = -struct.unpack_from("=i", data, 16)[0]
                     raise OSError(code, os.strerror(code))  # the kernel has no tcp_diag
-                yield message[16:]
+                yield data[16:length]
+                data = data[max(16, (length + 3) & ~3) :]
 
 
 def tcp_rows(proc: str) -> Iterator[tuple[int, bytes, bytes]]:
@@ -2786,19 +2779,17 @@ def check_by_connect(host: str, ports: Iterable[int]) -> dict[int, bool]:
     result = dict.fromkeys(ports, False)
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     deadline = time.monotonic() + PORT_CHECK_LIMIT_S
+    waiting: dict[socket.socket, int] = {}
     with contextlib.ExitStack() as stack:
-        waiting = stack.enter_context(selectors.PollSelector())
         for port in result:
             sock = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
-            stack.enter_context(sock)
+            waiting[stack.enter_context(sock)] = port
             code = sock.connect_ex((host, port))
             if code in (errno.EADDRNOTAVAIL, errno.ENOBUFS, errno.ENOMEM, errno.EAGAIN):
                 raise OSError(code, os.strerror(code))  # no verdict on the daemon
-            waiting.register(sock, selectors.EVENT_WRITE, (port, sock))
-        while waiting.get_map() and (left := deadline - time.monotonic()) > 0:
-            for key, _ in waiting.select(left):
-                waiting.unregister(key.fd)
-                port, sock = key.data
+        while waiting and (left := deadline - time.monotonic()) > 0:
+            for sock in select.select([], waiting, [], left)[1]:
+                port = waiting.pop(sock)
                 with sock, contextlib.suppress(OSError):  # it is not connected
                     # It may be connected to itself: to a free port in the local range.
                     result[port] = sock.getpeername() != sock.getsockname()
@@ -2827,8 +2818,7 @@ def parse_listener(message: memoryview) -> Listener:
     size = 4 if message[0] == socket.AF_INET else 16
     port = struct.unpack_from("!H", message, 4)[0]
     queued, limit = struct.unpack_from("=II", message, 56)  # idiag_rqueue, idiag_wqueue
-    is_v6only = any(kind == INET_DIAG_SKV6ONLY and part[4]
-                    for kind, part in netlink_parts(message[72:], "=HH"))
+    is_v6only = V6ONLY in bytes(message[72:])
     return Listener(bytes(message[8 : 8 + size]), port, queued, limit, is_v6only)
 
 

@@ -2897,11 +2897,11 @@ class ServicesSeen:
     A service counts as seen once it has run for 10 minutes (in the agent's first 10 minutes:
     for three samples in a row), and no longer once it has been absent for 7 days.
 
-    The file `services` holds {service: seconds of absence}. It is written when they change,
-    and every hour while one is absent.
+    The file `services` holds {service: seconds of absence}. It is written when a service, or
+    the hours of absence of one, change.
     """
 
-    SETTLED_S, GONE_S, SAVE_EVERY_S = 600.0, 7 * 86400.0, 3600.0
+    SETTLED_S, GONE_S = 600.0, 7 * 86400.0
 
     folder: str = ""  # STATE_DIRECTORY
     clock: Callable[[], float] = time.monotonic
@@ -2909,10 +2909,10 @@ class ServicesSeen:
     known: Iterable[str] = ()  # seen before
 
     def __post_init__(self) -> None:
-        self._started = self._updated = self._saved_at = self.clock()
+        self._started = self._updated = self.clock()
         self._running: dict[str, tuple[float, int]] = {}  # since when, how many samples
         self._absent = dict.fromkeys(self.known, 0.0)  # seen -> seconds of absence
-        self._saved: set[str] | None = None  # what was written; None: not loaded yet
+        self._saved: dict[str, float] | None = None  # hours, as written; None: not loaded yet
         self._problems = Problems()
         self._worker = Worker(HANG_LIMIT_S, self._problems)
 
@@ -2929,43 +2929,39 @@ class ServicesSeen:
         now = self.clock()
         passed, self._updated = now - self._updated, now
         for service in SERVICES.keys() & running.keys():
-            if not running[service]:
+            if running[service]:
+                since, samples = self._running.get(service, (now, 0))
+                self._running[service] = since, samples + 1
+                is_early = now - self._started < self.SETTLED_S
+                is_settled = now - since >= self.SETTLED_S or (is_early and samples + 1 >= 3)
+                if is_settled or self.at_once or service in self._absent:
+                    self._absent[service] = 0.0
+            else:
                 self._running.pop(service, None)
                 if service in self._absent:
                     self._absent[service] += passed
-                continue
-            since, samples = self._running.get(service, (now, 0))
-            self._running[service] = since, samples + 1
-            if now - self._started < self.SETTLED_S:
-                is_settled = self.at_once or samples + 1 >= 3
-            else:
-                is_settled = now - since >= self.SETTLED_S
-            if is_settled or service in self._absent:
-                self._absent[service] = 0.0
         self._absent = {s: absent for s, absent in self._absent.items() if absent <= self.GONE_S}
         if self.folder:
-            self._sync(now)
+            self._sync()
 
-    def _sync(self, now: float) -> None:
+    def _sync(self) -> None:
         """Load the file, once in each run, and write it when it is due."""
         name = "reading the list of services"
         try:
             if self._saved is None:
-                saved = self._worker.call(name, functools.partial(read_services, self.folder))
-                self._problems.end(name, f"{name} works again")
+                saved = self._worker.call(name, partial(read_services, self.folder))
                 self._absent = {**saved, **self._absent}
-                self._saved = set()  # it is written once in each run
-            is_late = any(self._absent.values()) and now - self._saved_at >= self.SAVE_EVERY_S
-            if is_late or self._saved != self._absent.keys():
+                self._saved = {}  # it is written once in each run
+            hours = {s: absent // 3600 for s, absent in self._absent.items()}
+            if hours != self._saved:
                 name = "writing the list of services"
-                write = functools.partial(write_services, self.folder, dict(self._absent))
-                self._worker.call(name, write)
-                self._problems.end(name, f"{name} works again")
-                self._saved, self._saved_at = set(self._absent), now
+                self._worker.call(name, partial(write_services, self.folder, dict(self._absent)))
+                self._saved = hours
+            self._problems.end("services", "the list of services can be read and written again")
         except TimeoutError:
             pass  # the worker logs what hangs
         except OSError as error:
-            self._problems.begin(name, f"{name} failed", _reason(error))
+            self._problems.begin("services", f"{name} failed", _reason(error))
 
 
 # --- ZoneMTA's own figures ---------------------------------------------------------------

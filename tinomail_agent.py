@@ -338,7 +338,7 @@ class Collector:
         self._problems = Problems()
         self._unread: set[str] = set()  # the metrics that are missing in this sample
         self._was_unread: set[str] = set()  # the same, in the sample before
-        self._zonemta = ZoneMta(config.zonemta_url) if config.zonemta_url != "off" else None
+        self._zonemta = Worker(ZONEMTA_LIMIT_S, self._problems)
         self._runs_zonemta = False
         self.collect_errors = 0
         self._processes = ProcessTable(
@@ -465,12 +465,12 @@ class Collector:
         return {f"port_{port}": is_open for port, is_open in found.items()}
 
     def _read_zonemta(self) -> dict[str, Any]:
-        if self._zonemta is None:
-            return {}
-        figures = self._zonemta.read(self._runs_zonemta)
-        if figures is None:  # the API hangs; that is logged already
+        name, url = "ZoneMTA's API", self._config.zonemta_url
+        is_asked = self._runs_zonemta and url != "off"
+        results = self._zonemta.run({name: partial(ask_zonemta, url)} if is_asked else {})
+        if is_asked and name not in results:  # it hangs; that is logged already
             self.collect_errors += 1
-        return figures or {}
+        return Worker.result(results, name) if name in results else {}
 
 
 # --- the buffer --------------------------------------------------------------------------
@@ -2996,31 +2996,18 @@ def parse_zonemta(text: str) -> dict[str, int]:
     }
 
 
-class ZoneMta:
-    """Asks ZoneMTA's HTTP API."""
-
-    def __init__(self, url: str) -> None:
-        self._url = urlsplit(url)
-        self._worker = Worker(ZONEMTA_LIMIT_S, Problems())
-
-    def read(self, is_running: bool) -> dict[str, int] | None:
-        """Return its figures, None while it hangs. Raises one of READ_ERRORS."""
-        results = self._worker.run({"ZoneMTA's API": self._ask} if is_running else {})
-        result = results.get("ZoneMTA's API", None if is_running else {})
-        if isinstance(result, Exception):
-            raise result
-        return result
-
-    def _ask(self) -> dict[str, int]:
-        # A new connection each time: ZoneMTA closes an idle one after 5 s.
-        connection = http.client.HTTPConnection(self._url.netloc, timeout=ZONEMTA_ANSWER_S)
-        with contextlib.closing(connection):
-            connection.request("GET", f"{self._url.path}/metrics")
-            answer = connection.getresponse()
-            figures = parse_zonemta(answer.read(ZONEMTA_ANSWER_BYTES).decode("utf-8", "replace"))
-            if answer.status != 200 or answer.read(1) or answer.length or not figures:
-                raise ValueError(f"it answered {answer.status} without ZoneMTA's figures")
-            return figures
+def ask_zonemta(url: str) -> dict[str, int]:
+    """Return the figures of ZoneMTA's HTTP API. Raises one of READ_ERRORS."""
+    parts = urlsplit(url)
+    # A new connection each time: ZoneMTA closes an idle one after 5 s.
+    connection = http.client.HTTPConnection(parts.netloc, timeout=ZONEMTA_ANSWER_S)
+    with contextlib.closing(connection):
+        connection.request("GET", f"{parts.path}/metrics")
+        answer = connection.getresponse()
+        figures = parse_zonemta(answer.read(ZONEMTA_ANSWER_BYTES).decode("utf-8", "replace"))
+        if answer.status != 200 or answer.read(1) or answer.length or not figures:
+            raise ValueError(f"it answered {answer.status} without ZoneMTA's figures")
+        return figures
 
 
 # --- settings ----------------------------------------------------------------------------

@@ -69,7 +69,6 @@ import glob
 import gzip
 import http.client
 import io
-import ipaddress
 import json
 import logging
 import math
@@ -3059,10 +3058,8 @@ def _url(text: str) -> str:
 
 
 def _zonemta_url(text: str) -> str:
-    if text.lower() == "off":
-        return "off"
-    url = _url(text)
-    if not url.startswith("http://"):
+    url = "off" if text.lower() == "off" else _url(text)
+    if url.startswith("https:"):
         raise ValueError("must be off or begin with http://, since ZoneMTA's API has no TLS")
     return url
 
@@ -3080,20 +3077,17 @@ def _ip_literal(text: str) -> str:
     raise ValueError("must be an IPv4 or IPv6 address, not a name")
 
 
-def _watched(text: str) -> tuple[tuple[str, str], ...]:
-    pairs = []
-    for pair in filter(None, re.split(r"[,\s]+", text)):
-        found = re.fullmatch(r"([a-z0-9][a-z0-9_.-]{0,31})=([!-~]{1,255})", pair)
-        if not found:
-            raise ValueError("must be name=program pairs, separated by commas, "
-                             "with names in lower case")
-        service, program = found.groups()
-        if service in SERVICES:
-            raise ValueError(f"{service} is reported anyway; choose another name")
-        if native := first_match(SERVICE_COMMS, program):
-            raise ValueError(f"{program} is reported anyway, as {native}")
-        pairs.append((service, program[:15]))  # the kernel cuts comm to 15 bytes
-    return tuple(pairs)
+def _watched(pair: str) -> tuple[str, str]:
+    found = re.fullmatch(r"([a-z0-9][a-z0-9_.-]{0,31})=([!-~]{1,255})", pair)
+    if not found:
+        raise ValueError("must be name=program pairs, separated by commas, "
+                         "with names in lower case")
+    service, program = found.groups()
+    if service in SERVICES:
+        raise ValueError(f"{service} is reported anyway; choose another name")
+    if native := first_match(SERVICE_COMMS, program):
+        raise ValueError(f"{program} is reported anyway, as {native}")
+    return service, program[:15]  # the kernel cuts comm to 15 bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -3151,7 +3145,7 @@ class Config:
             _matching, r"[^/\0]{1,15}", "auto or names of interfaces, separated by commas")),
         "auto", "network interfaces to count; auto: those with hardware behind them", "eth0,eth1")
     watch_processes: tuple[tuple[str, str], ...] = _setting(  # (service, comm)
-        _watched, "",
+        lambda text: tuple(map(_watched, re.findall(r"[^,\s]+", text))), "",
         "more services to report, as name=program (the exact name that ps -o comm shows)",
         "postfix=master,dovecot=dovecot")
     zonemta_url: str = _setting(
@@ -3334,10 +3328,7 @@ def _check_values(values: Mapping[str, Any]) -> tuple[list[str], list[str]]:
 def is_loopback(url: str) -> bool:
     """Tell whether a URL leads to this machine."""
     host = urlsplit(url).hostname or ""
-    try:
-        return host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
+    return bool(re.fullmatch(r"localhost|127(\.[0-9]+){3}|::1", host))
 
 
 # --- systemd -----------------------------------------------------------------------------

@@ -2702,7 +2702,7 @@ NLMSG_ERROR, NLMSG_DONE = 2, 3
 TCP_ESTABLISHED, TCP_TIME_WAIT, TCP_CLOSE_WAIT, TCP_LISTEN = 1, 6, 8, 10
 # SYN_SENT, FIN_WAIT1, FIN_WAIT2, CLOSE_WAIT, LAST_ACK, LISTEN, CLOSING
 TCP_OTHER_STATES = (2, 4, 5, 8, 9, 10, 11)
-TIMEWAIT_TIMER = 3  # idiag_timer of a closed socket in FIN_WAIT2
+TIMEWAIT_TIMER = 3  # of a closed socket in FIN_WAIT2, which sockstat counts as `tw`
 V6ONLY = struct.pack("=HHB", 5, 11, 1)  # an attribute: its length, INET_DIAG_SKV6ONLY, True
 
 
@@ -2739,13 +2739,11 @@ def tcp_rows(proc: str) -> Iterator[tuple[int, bytes, bytes]]:
 def read_tcp(proc: str) -> dict[str, Any]:
     """Count TCP connections as ss(8) does, without a walk over the established ones."""
     try:
-        states: Counter[int] = Counter()
-        closed = 0  # sockets that no process holds; sockstat counts them as `tw`
-        for message in dump_tcp(*TCP_OTHER_STATES):
-            if message[2] == TIMEWAIT_TIMER:  # idiag_timer
-                closed += 1
-            else:
-                states[message[1]] += 1  # idiag_state
+        states = Counter(  # by idiag_timer and idiag_state
+            TCP_TIME_WAIT if message[2] == TIMEWAIT_TIMER else message[1]
+            for message in dump_tcp(*TCP_OTHER_STATES)
+        )
+        closed = states.pop(TCP_TIME_WAIT, 0)
         in_use, time_wait = parse_sockstat(
             read_bytes(f"{proc}/net/sockstat") + read_feature(f"{proc}/net/sockstat6")
         )
@@ -3090,8 +3088,7 @@ def _watched(pair: str) -> tuple[str, str]:
     return service, program[:15]  # the kernel cuts comm to 15 bytes
 
 
-@dataclass(frozen=True, slots=True)
-class Setting:
+class Setting(NamedTuple):
     """One setting: how its text becomes a value, and what an administrator is told about it."""
 
     parse: Callable[[str], Any]  # its ValueError says what is wrong with the text
@@ -3176,7 +3173,7 @@ class Config:
 
 
 SETTINGS: tuple[Setting, ...] = tuple(
-    dataclasses.replace(row.metadata["setting"], name=row.name.upper())
+    row.metadata["setting"]._replace(name=row.name.upper())
     for row in dataclasses.fields(Config) if row.metadata
 )
 KNOWN_NAMES = frozenset(setting.name for setting in SETTINGS)

@@ -337,7 +337,7 @@ class Collector:
         self._problems = Problems()
         self._unread: set[str] = set()  # the metrics that are missing in this sample
         self._was_unread: set[str] = set()  # the same, in the sample before
-        self._zonemta = Worker(ZONEMTA_LIMIT_S, self._problems)
+        self._zonemta = Worker(HANG_LIMIT_S, self._problems)
         self._runs_zonemta = False
         self.collect_errors = 0
         self._processes = ProcessTable(
@@ -2727,9 +2727,8 @@ def dump_tcp(*states: int) -> Iterator[memoryview]:
 
 def tcp_rows(proc: str) -> Iterator[tuple[int, bytes, bytes]]:
     """Yield (state, local address, accept queue) of each row of /proc/net/tcp and tcp6."""
-    has_ipv6 = os.path.exists(f"{proc}/net/tcp6")
-    for name in ("tcp", "tcp6") if has_ipv6 else ("tcp",):
-        with open(f"{proc}/net/{name}", "rb") as rows:
+    for path in (f"{proc}/net/tcp", *glob.glob(f"{proc}/net/tcp6")):
+        with open(path, "rb") as rows:
             next(rows)  # the names of the columns
             for row in rows:
                 columns = row.split(None, 5)
@@ -2963,9 +2962,7 @@ class ServicesSeen:
 
 # --- ZoneMTA's own figures ---------------------------------------------------------------
 
-ZONEMTA_LIMIT_S = 1.0  # for its figures, in one sample
 ZONEMTA_ANSWER_S = 60.0  # a request that hangs is given up after this, and made again
-ZONEMTA_ANSWER_BYTES = 256 * 1024
 
 # Our figure -> ZoneMTA's metric and the label to sum up, over all zones. "rejected" is what a
 # sender gives up for good, "bounced" what was returned to the author of a mail.
@@ -3001,7 +2998,7 @@ def ask_zonemta(url: str) -> dict[str, int]:
     with contextlib.closing(connection):
         connection.request("GET", f"{parts.path}/metrics")
         answer = connection.getresponse()
-        figures = parse_zonemta(answer.read(ZONEMTA_ANSWER_BYTES).decode("utf-8", "replace"))
+        figures = parse_zonemta(answer.read(256 * 1024).decode("utf-8", "replace"))
         if answer.status != 200 or answer.read(1) or answer.length or not figures:
             raise ValueError(f"it answered {answer.status} without ZoneMTA's figures")
         return figures
@@ -3182,7 +3179,6 @@ HOST = re.compile(r"([a-z0-9_]([a-z0-9_-]{0,62})(\.|$))+|[0-9a-f]*:[0-9a-f:.]+")
 AGENT_MIB = 34  # what the agent needs without its buffer
 BUFFERED_SAMPLE_BYTES = 2560  # of a large machine, with what Python needs for it
 DEAD_AFTER_MS = 45_000  # the dashboard's three heartbeats of 15 s
-SHOWN_CHARS = 60  # of a wrong value
 NO_HOST_NAME = "the host name is not set yet; set the host name or NODE_ID"
 LOCAL_ENV_FILE = "./.agent.env"
 SERVICE_ENV_FILE = "/etc/tinomail-agent/agent.env"  # LoadCredential= of the unit
@@ -3295,7 +3291,7 @@ def _problem(setting: Setting, reason: str, text: str, key: str) -> str:
     safe = re.sub(r"(?s)\?.*", "?***", re.sub("(?s).*@", "***@", text))
     # Without a value of API_KEY, the key may be a part of this one.
     is_shown = text and key and setting.name != "API_KEY"
-    shown = f"it is '{printable(safe, key, SHOWN_CHARS)}'; " if is_shown else ""
+    shown = f"it is '{printable(safe, key, limit=60)}'; " if is_shown else ""
     return f"{setting.name}: {reason} ({shown}example: {setting.name}={setting.example})"
 
 

@@ -2645,13 +2645,11 @@ def identify(comm: str, cmdline: bytes, cgroup: str = "") -> Identity:
     by_unit = next(((unit, "unit") for unit in unit_services(cgroup)), NOBODY)
     if len(args) == 1 and args[0][:15].rstrip() == comm.rstrip():
         title = args[0]
-        if NOT_A_TITLE.fullmatch(title):
-            return NOBODY
         if service := first_match(SERVICE_TITLES, title):
             return service, "name"
         if not title.startswith("node "):
             is_chosen = raw.endswith("\0\0") or OWN_TITLE.fullmatch(title)
-            return by_unit if is_chosen else NOBODY
+            return by_unit if is_chosen and not NOT_A_TITLE.fullmatch(title) else NOBODY
         args = title.split(" ")  # PM2 writes the command line into the title
     elif not NODE_COMM.match(comm):
         return NOBODY
@@ -2703,7 +2701,7 @@ TCP_ESTABLISHED, TCP_TIME_WAIT, TCP_CLOSE_WAIT, TCP_LISTEN = 1, 6, 8, 10
 # SYN_SENT, FIN_WAIT1, FIN_WAIT2, CLOSE_WAIT, LAST_ACK, LISTEN, CLOSING
 TCP_OTHER_STATES = (2, 4, 5, 8, 9, 10, 11)
 TIMEWAIT_TIMER = 3  # of a closed socket in FIN_WAIT2, which sockstat counts as `tw`
-V6ONLY = struct.pack("=HHB", 5, 11, 1)  # an attribute: its length, INET_DIAG_SKV6ONLY, True
+V6ONLY = struct.pack("=HHB", 5, 11, 1)  # INET_DIAG_SKV6ONLY is set
 
 
 def dump_tcp(*states: int) -> Iterator[memoryview]:
@@ -2738,7 +2736,7 @@ def tcp_rows(proc: str) -> Iterator[tuple[int, bytes, bytes]]:
 def read_tcp(proc: str) -> dict[str, Any]:
     """Count TCP connections as ss(8) does, without a walk over the established ones."""
     try:
-        states = Counter(  # by idiag_timer and idiag_state
+        states = Counter(  # idiag_timer, idiag_state
             TCP_TIME_WAIT if message[2] == TIMEWAIT_TIMER else message[1]
             for message in dump_tcp(*TCP_OTHER_STATES)
         )
@@ -2964,8 +2962,7 @@ class ServicesSeen:
 
 ZONEMTA_ANSWER_S = 60.0  # a request that hangs is given up after this, and made again
 
-# Our figure -> ZoneMTA's metric and the label to sum up, over all zones. "rejected" is what a
-# sender gives up for good, "bounced" what was returned to the author of a mail.
+# Our figure -> ZoneMTA's metric and the label to sum up, over all zones.
 ZONEMTA_FIGURES = {
     "queued": ("queue_size", "queued"),
     "deferred": ("queue_size", "deferred"),
@@ -3009,8 +3006,6 @@ def ask_zonemta(url: str) -> dict[str, int]:
 
 @dataclass(eq=False)  # hashable, like every exception
 class SettingsError(Exception):
-    """Wrong settings."""
-
     problems: list[str]  # a line for each
 
 
@@ -3086,8 +3081,6 @@ def _watched(pair: str) -> tuple[str, str]:
 
 
 class Setting(NamedTuple):
-    """One setting: how its text becomes a value, and what an administrator is told about it."""
-
     parse: Callable[[str], Any]  # its ValueError says what is wrong with the text
     default: str
     help: str
@@ -3232,12 +3225,11 @@ def read_env_file(path: str, shown: str) -> tuple[dict[str, str], list[str], lis
         with open(path, "rb") as stream:
             data = stream.read(MIB)
             mode = os.fstat(stream.fileno()).st_mode
+    except PermissionError:
+        way_out = "systemd gave no copy of it" if "NOTIFY_SOCKET" in os.environ else "use sudo"
+        return {}, [f"{shown}: cannot be read: Permission denied; {way_out}"], []
     except OSError as error:
-        way_out = ""
-        if isinstance(error, PermissionError) and os.geteuid():
-            is_service = "NOTIFY_SOCKET" in os.environ
-            way_out = "; systemd gave no copy of it" if is_service else "; use sudo"
-        return {}, [f"{shown}: cannot be read: {os.strerror(error.errno or 0)}{way_out}"], []
+        return {}, [f"{shown}: cannot be read: {os.strerror(error.errno or 0)}"], []
     values, problems = parse_env(data)
     warnings = []
     if values.get("API_KEY") and mode & stat.S_IROTH:

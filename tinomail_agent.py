@@ -63,12 +63,10 @@ import contextlib
 import dataclasses
 import errno
 import faulthandler
-import functools
 import glob
 import gzip
 import http.client
 import io
-import ipaddress
 import json
 import logging
 import math
@@ -78,7 +76,6 @@ import queue
 import random
 import re
 import select
-import selectors
 import signal
 import socket
 import ssl
@@ -311,7 +308,7 @@ class Collector:
         self._problems = Problems()
         self._unread: set[str] = set()  # the metrics that are missing in this sample
         self._was_unread: set[str] = set()  # the same, in the sample before
-        self._zonemta = ZoneMta(config.zonemta_url)
+        self._zonemta = Worker(HANG_LIMIT_S, self._problems)
         self.collect_errors = 0
         self._processes = ProcessTable(
             proc, clock, self._missing, Worker(HANG_LIMIT_S, self._problems),
@@ -427,11 +424,12 @@ class Collector:
         return {f"port_{port}": value for port, value in read(ports).items()}
 
     def _read_zonemta(self, runs: Mapping[str, bool]) -> dict[str, Any]:
-        is_asked = self._config.zonemta_url != "off" and runs.get("zonemta", False)
-        figures = self._zonemta.read(is_asked)
-        if figures is None:  # the API hangs; that is logged already
+        name, url = "ZoneMTA's API", self._config.zonemta_url
+        is_asked = url != "off" and runs.get("zonemta", False)
+        results = self._zonemta.run({name: partial(ask_zonemta, url)} if is_asked else {})
+        if is_asked and name not in results:  # it hangs; that is logged already
             self.collect_errors += 1
-        return figures or {}
+        return Worker.result(results, name) if name in results else {}
 
 
 # --- the buffer --------------------------------------------------------------------------
@@ -2546,14 +2544,8 @@ NOT_SERVING = frozenset(
 )
 
 
-def classify(comm: str, cmdline: bytes, *, cgroup: str = "", state: str = "S") -> str | None:
-    """Return the service that a process belongs to, None for none."""
-    service, _ = identify(comm, b"" if state == "Z" else cmdline, cgroup)
-    return service or None
-
-
 def identify(comm: str, cmdline: bytes, cgroup: str = "") -> Identity:
-    """Return the service of a process; by comm alone if cmdline is empty."""
+    """Return the service of a process, NOBODY for none; by comm alone if cmdline is empty."""
     raw = cmdline.decode("utf-8", "replace")
     args = (raw.rstrip("\0") or comm).split("\0")
     if service := first_match(SERVICE_COMMS, comm):
@@ -2561,17 +2553,14 @@ def identify(comm: str, cmdline: bytes, cgroup: str = "") -> Identity:
         is_script = names[0] != comm and comm in names[1:]  # args[0] is its interpreter
         is_other = is_script or any(NOT_THE_SERVER.fullmatch(arg) for arg in args)
         return NOBODY if is_other else (service, "name")
-    unit = next(iter(unit_services(cgroup)), "")
-    by_unit = (unit, "unit") if unit else NOBODY
+    by_unit = next(((unit, "unit") for unit in unit_services(cgroup)), NOBODY)
     if len(args) == 1 and args[0][:15].rstrip() == comm.rstrip():
         title = args[0]
-        if NOT_A_TITLE.fullmatch(title):
-            return NOBODY
         if service := first_match(SERVICE_TITLES, title):
             return service, "name"
         if not title.startswith("node "):
             is_chosen = raw.endswith("\0\0") or OWN_TITLE.fullmatch(title)
-            return by_unit if is_chosen else NOBODY
+            return by_unit if is_chosen and not NOT_A_TITLE.fullmatch(title) else NOBODY
         args = title.split(" ")  # PM2 writes the command line into the title
     elif not NODE_COMM.match(comm):
         return NOBODY
@@ -2590,8 +2579,7 @@ def candidates_of(comm: str, cgroup: str) -> tuple[str, ...]:
 
 
 def unit_services(cgroup: str) -> tuple[str, ...]:
-    found = (unit.lower().replace("-", "") for unit in SERVICE_UNIT.findall(cgroup))
-    return tuple(dict.fromkeys(found))
+    return tuple(unit.lower().replace("-", "") for unit in SERVICE_UNIT.findall(cgroup))
 
 
 def first_match(table: Iterable[tuple[re.Pattern[str], T]], text: str) -> T | None:
@@ -2623,16 +2611,8 @@ NLMSG_ERROR, NLMSG_DONE = 2, 3
 TCP_ESTABLISHED, TCP_TIME_WAIT, TCP_CLOSE_WAIT, TCP_LISTEN = 1, 6, 8, 10
 # SYN_SENT, FIN_WAIT1, FIN_WAIT2, CLOSE_WAIT, LAST_ACK, LISTEN, CLOSING
 TCP_OTHER_STATES = (2, 4, 5, 8, 9, 10, 11)
-TIMEWAIT_TIMER = 3  # idiag_timer of a closed socket in FIN_WAIT2
-INET_DIAG_SKV6ONLY = 11
-
-
-def netlink_parts(data: memoryview, head: str) -> Iterator[tuple[int, memoryview]]:
-    """Yield (kind, all of it) of messages or attributes; head: struct of length, kind."""
-    while len(data) >= struct.calcsize(head):
-        length, kind = struct.unpack_from(head, data)
-        yield kind, data[:length]
-        data = data[(length + 3) & ~3 or len(data) :]
+TIMEWAIT_TIMER = 3  # of a closed socket in FIN_WAIT2, which sockstat counts as `tw`
+V6ONLY = struct.pack("=HHB", 5, 11, 1)  # INET_DIAG_SKV6ONLY is set
 
 
 def dump_tcp(*states: int) -> Iterator[memoryview]:
@@ -2642,21 +2622,22 @@ def dump_tcp(*states: int) -> Iterator[memoryview]:
     with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, NETLINK_SOCK_DIAG) as sock:
         sock.settimeout(HANG_LIMIT_S)
         sock.send(request)
-        while True:
-            for kind, message in netlink_parts(memoryview(sock.recv(256 * 1024)), "=IH"):
+        while data := memoryview(sock.recv(256 * 1024)):
+            while data:
+                length, kind = struct.unpack_from("=IH", data)
                 if kind == NLMSG_DONE:
                     return
                 if kind == NLMSG_ERROR:
-                    code = -struct.unpack_from("=i", message, 16)[0]
+                    code = -struct.unpack_from("=i", data, 16)[0]
                     raise OSError(code, os.strerror(code))  # the kernel has no tcp_diag
-                yield message[16:]
+                yield data[16:length]
+                data = data[max(16, (length + 3) & ~3) :]
 
 
 def tcp_rows(proc: str) -> Iterator[tuple[int, bytes, bytes]]:
     """Yield (state, local address, accept queue) of each row of /proc/net/tcp and tcp6."""
-    has_ipv6 = os.path.exists(f"{proc}/net/tcp6")
-    for name in ("tcp", "tcp6") if has_ipv6 else ("tcp",):
-        with open(f"{proc}/net/{name}", "rb") as rows:
+    for path in (f"{proc}/net/tcp", *glob.glob(f"{proc}/net/tcp6")):
+        with open(path, "rb") as rows:
             next(rows)  # the names of the columns
             for row in rows:
                 columns = row.split(None, 5)
@@ -2666,13 +2647,11 @@ def tcp_rows(proc: str) -> Iterator[tuple[int, bytes, bytes]]:
 def read_tcp(proc: str) -> dict[str, Any]:
     """Count TCP connections as ss(8) does, without a walk over the established ones."""
     try:
-        states: Counter[int] = Counter()
-        closed = 0  # sockets that no process holds; sockstat counts them as `tw`
-        for message in dump_tcp(*TCP_OTHER_STATES):
-            if message[2] == TIMEWAIT_TIMER:  # idiag_timer
-                closed += 1
-            else:
-                states[message[1]] += 1  # idiag_state
+        states = Counter(  # idiag_timer, idiag_state
+            TCP_TIME_WAIT if message[2] == TIMEWAIT_TIMER else message[1]
+            for message in dump_tcp(*TCP_OTHER_STATES)
+        )
+        closed = states.pop(TCP_TIME_WAIT, 0)
         in_use, time_wait = parse_sockstat(
             read_bytes(f"{proc}/net/sockstat") + read_feature(f"{proc}/net/sockstat6")
         )
@@ -2705,19 +2684,17 @@ def check_by_connect(host: str, ports: Iterable[int]) -> dict[int, bool]:
     result = dict.fromkeys(ports, False)
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     deadline = time.monotonic() + PORT_CHECK_LIMIT_S
+    waiting: dict[socket.socket, int] = {}
     with contextlib.ExitStack() as stack:
-        waiting = stack.enter_context(selectors.PollSelector())
         for port in result:
             sock = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
-            stack.enter_context(sock)
+            waiting[stack.enter_context(sock)] = port
             code = sock.connect_ex((host, port))
             if code in (errno.EADDRNOTAVAIL, errno.ENOBUFS, errno.ENOMEM, errno.EAGAIN):
                 raise OSError(code, os.strerror(code))  # no verdict on the daemon
-            waiting.register(sock, selectors.EVENT_WRITE, (port, sock))
-        while waiting.get_map() and (left := deadline - time.monotonic()) > 0:
-            for key, _ in waiting.select(left):
-                waiting.unregister(key.fd)
-                port, sock = key.data
+        while waiting and (left := deadline - time.monotonic()) > 0:
+            for sock in select.select([], waiting, [], left)[1]:
+                port = waiting.pop(sock)
                 with sock, contextlib.suppress(OSError):  # it is not connected
                     # It may be connected to itself: to a free port in the local range.
                     result[port] = sock.getpeername() != sock.getsockname()
@@ -2746,8 +2723,7 @@ def parse_listener(message: memoryview) -> Listener:
     size = 4 if message[0] == socket.AF_INET else 16
     port = struct.unpack_from("!H", message, 4)[0]
     queued, limit = struct.unpack_from("=II", message, 56)  # idiag_rqueue, idiag_wqueue
-    is_v6only = any(kind == INET_DIAG_SKV6ONLY and part[4]
-                    for kind, part in netlink_parts(message[72:], "=HH"))
+    is_v6only = V6ONLY in bytes(message[72:])
     return Listener(bytes(message[8 : 8 + size]), port, queued, limit, is_v6only)
 
 
@@ -2826,11 +2802,11 @@ class ServicesSeen:
     A service counts as seen once it has run for 10 minutes (in the agent's first 10 minutes:
     for three samples in a row), and no longer once it has been absent for 7 days.
 
-    The file `services` holds {service: seconds of absence}. It is written when they change,
-    and every hour while one is absent.
+    The file `services` holds {service: seconds of absence}. It is written when a service, or
+    the hours of absence of one, change.
     """
 
-    SETTLED_S, GONE_S, SAVE_EVERY_S = 600.0, 7 * 86400.0, 3600.0
+    SETTLED_S, GONE_S = 600.0, 7 * 86400.0
 
     folder: str = ""  # STATE_DIRECTORY
     clock: Callable[[], float] = time.monotonic
@@ -2838,10 +2814,10 @@ class ServicesSeen:
     known: Iterable[str] = ()  # seen before
 
     def __post_init__(self) -> None:
-        self._started = self._updated = self._saved_at = self.clock()
+        self._started = self._updated = self.clock()
         self._running: dict[str, tuple[float, int]] = {}  # since when, how many samples
         self._absent = dict.fromkeys(self.known, 0.0)  # seen -> seconds of absence
-        self._saved: set[str] | None = None  # what was written; None: not loaded yet
+        self._saved: dict[str, float] | None = None  # hours, as written; None: not loaded yet
         self._problems = Problems()
         self._worker = Worker(HANG_LIMIT_S, self._problems)
 
@@ -2858,53 +2834,46 @@ class ServicesSeen:
         now = self.clock()
         passed, self._updated = now - self._updated, now
         for service in SERVICES.keys() & running.keys():
-            if not running[service]:
+            if running[service]:
+                since, samples = self._running.get(service, (now, 0))
+                self._running[service] = since, samples + 1
+                is_early = now - self._started < self.SETTLED_S
+                is_settled = now - since >= self.SETTLED_S or (is_early and samples + 1 >= 3)
+                if is_settled or self.at_once or service in self._absent:
+                    self._absent[service] = 0.0
+            else:
                 self._running.pop(service, None)
                 if service in self._absent:
                     self._absent[service] += passed
-                continue
-            since, samples = self._running.get(service, (now, 0))
-            self._running[service] = since, samples + 1
-            if now - self._started < self.SETTLED_S:
-                is_settled = self.at_once or samples + 1 >= 3
-            else:
-                is_settled = now - since >= self.SETTLED_S
-            if is_settled or service in self._absent:
-                self._absent[service] = 0.0
         self._absent = {s: absent for s, absent in self._absent.items() if absent <= self.GONE_S}
         if self.folder:
-            self._sync(now)
+            self._sync()
 
-    def _sync(self, now: float) -> None:
+    def _sync(self) -> None:
         """Load the file, once in each run, and write it when it is due."""
         name = "reading the list of services"
         try:
             if self._saved is None:
-                saved = self._worker.call(name, functools.partial(read_services, self.folder))
-                self._problems.end(name, f"{name} works again")
+                saved = self._worker.call(name, partial(read_services, self.folder))
                 self._absent = {**saved, **self._absent}
-                self._saved = set()  # it is written once in each run
-            is_late = any(self._absent.values()) and now - self._saved_at >= self.SAVE_EVERY_S
-            if is_late or self._saved != self._absent.keys():
+                self._saved = {}  # it is written once in each run
+            hours = {s: absent // 3600 for s, absent in self._absent.items()}
+            if hours != self._saved:
                 name = "writing the list of services"
-                write = functools.partial(write_services, self.folder, dict(self._absent))
-                self._worker.call(name, write)
-                self._problems.end(name, f"{name} works again")
-                self._saved, self._saved_at = set(self._absent), now
+                self._worker.call(name, partial(write_services, self.folder, dict(self._absent)))
+                self._saved = hours
+            self._problems.end("services", "the list of services can be read and written again")
         except TimeoutError:
             pass  # the worker logs what hangs
         except OSError as error:
-            self._problems.begin(name, f"{name} failed", _reason(error))
+            self._problems.begin("services", f"{name} failed", _reason(error))
 
 
 # --- ZoneMTA's own figures ---------------------------------------------------------------
 
-ZONEMTA_LIMIT_S = 1.0  # for its figures, in one sample
 ZONEMTA_ANSWER_S = 60.0  # a request that hangs is given up after this, and made again
-ZONEMTA_ANSWER_BYTES = 256 * 1024
 
-# Our figure -> ZoneMTA's metric and the label to sum up, over all zones. "rejected" is what a
-# sender gives up for good, "bounced" what was returned to the author of a mail.
+# Our figure -> ZoneMTA's metric and the label to sum up, over all zones.
 ZONEMTA_FIGURES = {
     "queued": ("queue_size", "queued"),
     "deferred": ("queue_size", "deferred"),
@@ -2929,31 +2898,18 @@ def parse_zonemta(text: str) -> dict[str, int]:
     }
 
 
-class ZoneMta:
-    """Asks ZoneMTA's HTTP API."""
-
-    def __init__(self, url: str) -> None:
-        self._url = urlsplit(url)
-        self._worker = Worker(ZONEMTA_LIMIT_S, Problems())
-
-    def read(self, is_running: bool) -> dict[str, int] | None:
-        """Return its figures, None while it hangs. Raises one of READ_ERRORS."""
-        results = self._worker.run({"ZoneMTA's API": self._ask} if is_running else {})
-        result = results.get("ZoneMTA's API", None if is_running else {})
-        if isinstance(result, Exception):
-            raise result
-        return result
-
-    def _ask(self) -> dict[str, int]:
-        # A new connection each time: ZoneMTA closes an idle one after 5 s.
-        connection = http.client.HTTPConnection(self._url.netloc, timeout=ZONEMTA_ANSWER_S)
-        with contextlib.closing(connection):
-            connection.request("GET", f"{self._url.path}/metrics")
-            answer = connection.getresponse()
-            figures = parse_zonemta(answer.read(ZONEMTA_ANSWER_BYTES).decode("utf-8", "replace"))
-            if answer.status != 200 or answer.read(1) or answer.length or not figures:
-                raise ValueError(f"it answered {answer.status} without ZoneMTA's figures")
-            return figures
+def ask_zonemta(url: str) -> dict[str, int]:
+    """Return the figures of ZoneMTA's HTTP API. Raises one of READ_ERRORS."""
+    parts = urlsplit(url)
+    # A new connection each time: ZoneMTA closes an idle one after 5 s.
+    connection = http.client.HTTPConnection(parts.netloc, timeout=ZONEMTA_ANSWER_S)
+    with contextlib.closing(connection):
+        connection.request("GET", f"{parts.path}/metrics")
+        answer = connection.getresponse()
+        figures = parse_zonemta(answer.read(256 * 1024).decode("utf-8", "replace"))
+        if answer.status != 200 or answer.read(1) or answer.length or not figures:
+            raise ValueError(f"it answered {answer.status} without ZoneMTA's figures")
+        return figures
 
 
 # --- settings ----------------------------------------------------------------------------
@@ -2961,8 +2917,6 @@ class ZoneMta:
 
 @dataclass(eq=False)  # hashable, like every exception
 class SettingsError(Exception):
-    """Wrong settings."""
-
     problems: list[str]  # a line for each
 
 
@@ -3005,10 +2959,8 @@ def _url(text: str) -> str:
 
 
 def _zonemta_url(text: str) -> str:
-    if text.lower() == "off":
-        return "off"
-    url = _url(text)
-    if not url.startswith("http://"):
+    url = "off" if text.lower() == "off" else _url(text)
+    if url.startswith("https:"):
         raise ValueError("must be off or begin with http://, since ZoneMTA's API has no TLS")
     return url
 
@@ -3026,26 +2978,20 @@ def _ip_literal(text: str) -> str:
     raise ValueError("must be an IPv4 or IPv6 address, not a name")
 
 
-def _watched(text: str) -> tuple[tuple[str, str], ...]:
-    pairs = []
-    for pair in filter(None, re.split(r"[,\s]+", text)):
-        found = re.fullmatch(r"([a-z0-9][a-z0-9_.-]{0,31})=([!-~]{1,255})", pair)
-        if not found:
-            raise ValueError("must be name=program pairs, separated by commas, "
-                             "with names in lower case")
-        service, program = found.groups()
-        if service in SERVICES:
-            raise ValueError(f"{service} is reported anyway; choose another name")
-        if native := first_match(SERVICE_COMMS, program):
-            raise ValueError(f"{program} is reported anyway, as {native}")
-        pairs.append((service, program[:15]))  # the kernel cuts comm to 15 bytes
-    return tuple(pairs)
+def _watched(pair: str) -> tuple[str, str]:
+    found = re.fullmatch(r"([a-z0-9][a-z0-9_.-]{0,31})=([!-~]{1,255})", pair)
+    if not found:
+        raise ValueError("must be name=program pairs, separated by commas, "
+                         "with names in lower case")
+    service, program = found.groups()
+    if service in SERVICES:
+        raise ValueError(f"{service} is reported anyway; choose another name")
+    if native := first_match(SERVICE_COMMS, program):
+        raise ValueError(f"{program} is reported anyway, as {native}")
+    return service, program[:15]  # the kernel cuts comm to 15 bytes
 
 
-@dataclass(frozen=True, slots=True)
-class Setting:
-    """One setting: how its text becomes a value, and what an administrator is told about it."""
-
+class Setting(NamedTuple):
     parse: Callable[[str], Any]  # its ValueError says what is wrong with the text
     default: str
     help: str
@@ -3097,7 +3043,7 @@ class Config:
             _matching, r"[^/\0]{1,15}", "auto or names of interfaces, separated by commas")),
         "auto", "network interfaces to count; auto: those with hardware behind them", "eth0,eth1")
     watch_processes: tuple[tuple[str, str], ...] = _setting(  # (service, comm)
-        _watched, "",
+        lambda text: tuple(map(_watched, re.findall(r"[^,\s]+", text))), "",
         "more services to report, as name=program (the exact name that ps -o comm shows)",
         "postfix=master,dovecot=dovecot")
     zonemta_url: str = _setting(
@@ -3128,7 +3074,7 @@ class Config:
 
 
 SETTINGS: tuple[Setting, ...] = tuple(
-    dataclasses.replace(row.metadata["setting"], name=row.name.upper())
+    row.metadata["setting"]._replace(name=row.name.upper())
     for row in dataclasses.fields(Config) if row.metadata
 )
 KNOWN_NAMES = frozenset(setting.name for setting in SETTINGS)
@@ -3137,7 +3083,6 @@ HOST = re.compile(r"([a-z0-9_]([a-z0-9_-]{0,62})(\.|$))+|[0-9a-f]*:[0-9a-f:.]+")
 AGENT_MIB = 34  # what the agent needs without its buffer
 BUFFERED_SAMPLE_BYTES = 2560  # of a large machine, with what Python needs for it
 DEAD_AFTER_MS = 45_000  # the dashboard's three heartbeats of 15 s
-SHOWN_CHARS = 60  # of a wrong value
 NO_HOST_NAME = "the host name is not set yet; set the host name or NODE_ID"
 LOCAL_ENV_FILE = "./.agent.env"
 SERVICE_ENV_FILE = "/etc/tinomail-agent/agent.env"  # LoadCredential= of the unit
@@ -3191,12 +3136,11 @@ def read_env_file(path: str, shown: str) -> tuple[dict[str, str], list[str], lis
         with open(path, "rb") as stream:
             data = stream.read(MIB)
             mode = os.fstat(stream.fileno()).st_mode
+    except PermissionError:
+        way_out = "systemd gave no copy of it" if "NOTIFY_SOCKET" in os.environ else "use sudo"
+        return {}, [f"{shown}: cannot be read: Permission denied; {way_out}"], []
     except OSError as error:
-        way_out = ""
-        if isinstance(error, PermissionError) and os.geteuid():
-            is_service = "NOTIFY_SOCKET" in os.environ
-            way_out = "; systemd gave no copy of it" if is_service else "; use sudo"
-        return {}, [f"{shown}: cannot be read: {os.strerror(error.errno or 0)}{way_out}"], []
+        return {}, [f"{shown}: cannot be read: {os.strerror(error.errno or 0)}"], []
     values, problems = parse_env(data)
     warnings = []
     if values.get("API_KEY") and mode & stat.S_IROTH:
@@ -3250,7 +3194,7 @@ def _problem(setting: Setting, reason: str, text: str, key: str) -> str:
     safe = re.sub(r"(?s)\?.*", "?***", re.sub("(?s).*@", "***@", text))
     # Without a value of API_KEY, the key may be a part of this one.
     is_shown = text and key and setting.name != "API_KEY"
-    shown = f"it is '{printable(safe, key, SHOWN_CHARS)}'; " if is_shown else ""
+    shown = f"it is '{printable(safe, key, limit=60)}'; " if is_shown else ""
     return f"{setting.name}: {reason} ({shown}example: {setting.name}={setting.example})"
 
 
@@ -3280,10 +3224,7 @@ def _check_values(values: Mapping[str, Any]) -> tuple[list[str], list[str]]:
 def is_loopback(url: str) -> bool:
     """Tell whether a URL leads to this machine."""
     host = urlsplit(url).hostname or ""
-    try:
-        return host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
+    return bool(re.fullmatch(r"localhost|127(\.[0-9]+){3}|::1", host))
 
 
 # --- logging -----------------------------------------------------------------------------

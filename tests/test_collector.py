@@ -598,6 +598,16 @@ def test_what_is_absent_for_a_week_has_moved_out(clock: FakeClock, tmp_path: Pat
     assert json.loads((tmp_path / "services").read_text()) == {"redis": 0}
 
 
+def test_what_came_back_is_not_saved_as_absent(clock: FakeClock, tmp_path: Path) -> None:
+    """Else the next run would forget it after the rest of the 7 days."""
+    seen = agent.ServicesSeen(str(tmp_path), clock=clock.monotonic)
+    beat(seen, clock, 3, "wildduck")
+    beat(seen, clock, 5 * 240 + 1)
+    assert json.loads((tmp_path / "services").read_text())["wildduck"] >= 5 * 3600
+    beat(seen, clock, 1, "wildduck")
+    assert json.loads((tmp_path / "services").read_text()) == {"wildduck": 0}
+
+
 def test_of_a_service_that_is_missing_in_a_sample_nothing_is_known(clock: FakeClock) -> None:
     """Its command line hangs: it is neither running nor absent."""
     seen = agent.ServicesSeen(clock=clock.monotonic)

@@ -214,11 +214,11 @@ PARSERS: dict[str, tuple[Callable[[bytes], Any], list[bytes]]] = {
     "PID/statm": (agent.parse_statm, [proc("self/statm")]),
     "stat": (agent.parse_cpu_ticks, [proc("stat")]),
     "PID/cmdline": (
-        lambda data: agent.classify(text(data[:15]), data),
+        lambda data: agent.identify(text(data[:15]), data),
         [proc("self/cmdline"), CLUSTER, b"node\0/opt/wildduck/server.js\0", b"rspamd: main"],
     ),
     "PID/cgroup": (
-        lambda data: agent.classify("node", b"node\0x.js\0", cgroup=text(data)),
+        lambda data: agent.identify("node", b"node\0x.js\0", text(data)),
         [proc("self/cgroup"), b"0::/system.slice/wildduck@1.service\n"],
     ),
     "memory cgroup": (

@@ -140,21 +140,15 @@ def api() -> Iterator[Api]:
 
 
 def test_no_connection_stays_open(api: Api) -> None:
-    zonemta = agent.ZoneMta(api.url)
     for _ in range(3):
-        assert zonemta.read(True) == FIGURES
+        assert agent.ask_zonemta(api.url) == FIGURES
     assert (api.requests, api.connections) == (["/metrics"] * 3, 3)
     eventually(lambda: api.finished == 3)
 
 
 def test_a_path_in_front_of_the_api(api: Api) -> None:
-    assert agent.ZoneMta(f"{api.url}/mta").read(True) == FIGURES
+    assert agent.ask_zonemta(f"{api.url}/mta") == FIGURES
     assert api.requests == ["/mta/metrics"]
-
-
-def test_it_is_not_asked_while_zonemta_does_not_run(api: Api) -> None:
-    assert agent.ZoneMta(api.url).read(False) == {}
-    assert api.connections == 0
 
 
 def chunked(handler: Any, end: bytes) -> None:
@@ -190,18 +184,18 @@ BAD: dict[str, Callable[[Any], None]] = {
 
 @pytest.mark.parametrize("kind", BAD)
 def test_a_bad_answer_gives_no_figures_and_the_next_good_one_does(kind: str, api: Api) -> None:
-    zonemta, good = agent.ZoneMta(api.url), api.answer
+    good = api.answer
     for _ in range(2):
         api.answer = BAD[kind]
         with pytest.raises(agent.READ_ERRORS):
-            zonemta.read(True)
+            agent.ask_zonemta(api.url)
         api.answer = good
-        assert zonemta.read(True) == FIGURES
+        assert agent.ask_zonemta(api.url) == FIGURES
 
 
 def test_chunks_are_as_good(api: Api) -> None:
     api.answer = lambda handler: chunked(handler, b"0\r\n\r\n")
-    assert agent.ZoneMta(api.url).read(True) == FIGURES
+    assert agent.ask_zonemta(api.url) == FIGURES
 
 
 def hang(api: Api) -> Callable[[Any], None]:
@@ -221,31 +215,6 @@ def drip(api: Api) -> Callable[[Any], None]:
             handler.wfile.write(bytes([byte]))
 
     return answer
-
-
-@pytest.mark.parametrize("is_dripping", [False, True])
-def test_an_api_that_hangs_is_logged_once_and_asked_again_when_it_returned(
-    is_dripping: bool, api: Api, caplog: pytest.LogCaptureFixture
-) -> None:
-    caplog.set_level(logging.INFO, "tinomail_agent")
-    zonemta, good = agent.ZoneMta(api.url), api.answer
-    api.answer = drip(api) if is_dripping else hang(api)
-    started = time.monotonic()
-    found = [zonemta.read(True) for _ in range(3)]
-    assert None in found and not any(found)
-    assert time.monotonic() - started < 3 * agent.ZONEMTA_LIMIT_S + 4
-    assert [r.getMessage() for r in caplog.records] == ["ZoneMTA's API hangs"]
-    api.answer = good
-    api.release.set()
-
-    def is_well() -> bool:
-        try:
-            return zonemta.read(True) == FIGURES
-        except agent.READ_ERRORS:
-            return False  # what hung ends with an error
-
-    eventually(is_well)
-    assert caplog.records[-1].getMessage() == "ZoneMTA's API no longer hangs"
 
 
 # --- in a sample
@@ -284,6 +253,11 @@ def test_a_sample_has_the_figures_while_zonemta_runs(api: Api, proc: FakeProc) -
     assert len(api.requests) == 1
 
 
+def test_it_is_not_asked_while_zonemta_does_not_run(api: Api, tmp_path: Path) -> None:
+    assert "zonemta" not in taken(collector_for(api.url, FakeProc(tmp_path)))
+    assert api.connections == 0
+
+
 def test_an_api_that_does_not_answer_means_no_figures_and_one_line(
     proc: FakeProc, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -311,3 +285,24 @@ def test_a_hanging_api_is_a_line_and_a_collect_error_and_delays_a_sample_once(
     assert sample["agent"]["collect_errors"] >= 2
     lines = [r.getMessage() for r in caplog.records if "ZoneMTA" in r.getMessage()]
     assert lines == ["ZoneMTA's API hangs"]
+
+
+@pytest.mark.parametrize("is_dripping", [False, True])
+def test_an_api_that_hangs_is_logged_once_and_asked_again_when_it_returned(
+    is_dripping: bool, api: Api, proc: FakeProc, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "tinomail_agent")
+
+    def said() -> list[str]:
+        return [r.getMessage() for r in caplog.records if "ZoneMTA" in r.getMessage()]
+
+    collector, good = collector_for(api.url, proc), api.answer
+    api.answer = drip(api) if is_dripping else hang(api)
+    started = time.monotonic()
+    assert not any("zonemta" in taken(collector) for _ in range(3))
+    assert time.monotonic() - started < 3 * agent.HANG_LIMIT_S + 4
+    assert said() == ["ZoneMTA's API hangs"]
+    api.answer = good
+    api.release.set()
+    eventually(lambda: taken(collector).get("zonemta") == FIGURES)
+    assert said() == ["ZoneMTA's API hangs", "ZoneMTA's API no longer hangs"]

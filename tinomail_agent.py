@@ -2865,7 +2865,7 @@ class ServicesSeen:
             self._problems.end("services", "the list of services can be read and written again")
         except TimeoutError:
             pass  # the worker logs what hangs
-        except OSError as error:
+        except READ_ERRORS as error:
             self._problems.begin("services", f"{name} failed", _reason(error))
 
 

@@ -592,7 +592,7 @@ class Buffer:
     def _sync(self, limit_s: float = DISK_LIMIT_S) -> None:
         if self._state and (not self._is_loaded or self._worker.hanging or self._due_files()):
             with contextlib.suppress(TimeoutError):  # the worker logs that it hangs
-                self._worker.call(STATE_DIRECTORY, self._sync_files, limit_s)
+                self._worker.call(STATE_DIRECTORY, partial(self._sync_files, self._state), limit_s)
 
     def _due_files(self) -> list[int]:
         """Return the seq of each file to remove, then of each to write: removing makes room."""
@@ -600,19 +600,18 @@ class Buffer:
             wanted = {seq for seq in self._ring if seq <= self._save_until}
             return [*sorted(self._files - self._ring.keys()), *sorted(wanted - self._files)]
 
-    def _sync_files(self) -> None:
+    def _sync_files(self, state: State) -> None:
         """Read the files once, then remove and write what is due. Runs in the worker."""
-        assert self._state is not None
         if not self._is_loaded:
-            self._load_files(self._state)
+            self._load_files(state)
         due = self._due_files()
         for seq in due:
             sample = self.get(seq)
             try:
                 if sample:
-                    self._state.write(sample)
+                    state.write(sample)
                 else:
-                    self._state.remove(seq)
+                    state.remove(seq)
             except OSError as error:
                 problem = f"cannot write undelivered samples to disk: {_reason(error)}"
                 self._disk_problems.begin("disk", problem)
@@ -884,8 +883,6 @@ class Sender:
         if verdict.outcome is Outcome.DELIVERED:
             self._problems.end("zonemta", "delivering ZoneMTA's figures again")
         else:
-            if not answer.status:
-                self._transport.disconnect()
             self._report("zonemta", "cannot deliver ZoneMTA's figures", verdict)
 
     # - what the log and the samples tell of it
@@ -928,13 +925,11 @@ class Sender:
                 refused, counters.refused, self._refusal,
             )
         if counters.dropped > self._dropped:
-            self._problems.begin(
-                "dropped", f"the oldest samples are dropped: more than BUFFER_SIZE={size} wait"
-            )
+            problem = f"the oldest samples are dropped: more than BUFFER_SIZE={size} wait"
+            self._problems.begin("dropped", problem)
         elif counters.waiting <= size // 2:
-            self._problems.end(
-                "dropped", f"no more samples are dropped ({counters.dropped} dropped so far)"
-            )
+            words = f"no more samples are dropped ({counters.dropped} dropped so far)"
+            self._problems.end("dropped", words)
         self._dropped = counters.dropped
 
     def status(self) -> str:
@@ -1229,10 +1224,8 @@ def judge(answer: Answer, key: str, hints: tuple[Rule, ...] = ()) -> Verdict:
     if rule.outcome is Outcome.DELIVERED:
         return Verdict(Outcome.DELIVERED)
     server = printable(answer.server, key, HEADER_CHARS)
-    problem = (
-        f"answered {answer.status}" + (f" (Server: {server})" if server else "")
-        + (f", {rule.note}" if rule.note else "")
-    )
+    problem = f"answered {answer.status}" + (f" (Server: {server})" if server else "")
+    problem += f", {rule.note}" if rule.note else ""
     words = printable(message_of(answer.body), key) or printable(answer.location, key, HEADER_CHARS)
     return Verdict(rule.outcome, problem, rule.advice or words, rule.is_own_error)
 
@@ -1337,8 +1330,7 @@ class Dialect:
 
     def register(self, neutral: Neutral, node_id: str, ip: str, key: str) -> Request:
         """Render the registration of this machine, as it was in a neutral sample."""
-        hostname = _printable(socket.gethostname())
-        body = {"hostname": hostname, **self.node(neutral, node_id, ip)}
+        body = {"hostname": _printable(socket.gethostname()), **self.node(neutral, node_id, ip)}
         return Request("/api/v1/nodes", self.headers(key), _json(body))
 
     def sample(self, neutral: Neutral, node_id: str, key: str) -> Request:
@@ -1578,10 +1570,7 @@ class Transport(requests.adapters.HTTPAdapter):
         self._opened, self._connection = time.monotonic(), None
         if self._url.scheme == "https" and not self._tls:
             self._tls = tls_context(self._ca_bundle)
-        try:
-            sock = self._dial()
-        except OSError as error:
-            raise urllib3.exceptions.HTTPError from error  # urllib3 would swallow some
+        sock = self._dial()
         self._connection = connection
         self.local_ip = str(sock.getsockname()[0])
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -1632,12 +1621,13 @@ class Transport(requests.adapters.HTTPAdapter):
             try:
                 share_s = self._left_s() / (len(addresses) - index)
                 sock = socket.create_connection(address[:2], share_s)  # it is no name
-            except OSError as failure:
-                failures.append(failure)
+            except OSError as error:
+                failures.append(error)
             else:
                 addresses.insert(0, addresses.pop(index))
                 return sock
-        raise min(failures, key=lambda failure: failure.errno in NO_WAY)
+        failure = min(failures, key=lambda failure: failure.errno in NO_WAY)
+        raise urllib3.exceptions.HTTPError from failure  # urllib3 would swallow some OSErrors
 
     # - one attempt
 
@@ -1750,7 +1740,7 @@ NETWORK_PROBLEMS: tuple[tuple[Any, bool, str | Callable[[Any], str]], ...] = (
 def no_answer(error: BaseException) -> Answer:
     """Say why there was no answer, without a word of an exception's own text."""
     causes = [error]
-    while cause := causes[-1].__context__:
+    while cause := causes[-1].__context__ or causes[-1].__cause__:
         causes.append(cause)
     for kinds, is_lasting, words in NETWORK_PROBLEMS:
         for cause in causes:
@@ -1785,13 +1775,12 @@ class State:
     def load(self, known: Iterable[int] = ()) -> list[Sample]:
         """Read the samples that are not known. Delete damaged files, leave unreadable ones."""
         samples, damaged, self.unread = [], 0, ""
+        names: list[str] = []
         try:
-            with os.scandir(self._buffer) as entries:
+            with contextlib.suppress(FileNotFoundError), os.scandir(self._buffer) as entries:
                 names = [entry.name for entry in entries if entry.is_file(follow_symlinks=False)]
-        except FileNotFoundError:
-            names = []
         except OSError as error:
-            names, self.unread = [], _reason(error)
+            self.unread = _reason(error)
         seqs = {int(name.split(".")[0]) for name in names if SAMPLE_FILE.fullmatch(name)}
         for seq in sorted(seqs.difference(known)):
             try:
@@ -1862,8 +1851,7 @@ def unpack(packed: bytes) -> dict[str, Any]:
     body = json.loads(inflate.decompress(packed, 16 * FILE_LIMIT_BYTES))
     if not inflate.eof:
         raise ValueError
-    whole: dict[str, Any] = body.get("whole", body)
-    return whole
+    return dict(body.get("whole", body))
 
 
 def iso_utc(epoch_s: float) -> str:

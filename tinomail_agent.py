@@ -631,15 +631,13 @@ class Buffer:
             self._ring = dict(sorted({**new, **self._ring}.items()))
             self._last_seq = max(self._last_seq, *self._ring, 0)
             self._count["loaded"] += len(new)
-            dropped = len(self._ring) - self._size
+            over = len(self._ring) - self._size
             self._make_room()
         self._is_loaded = not state.unread
         if new:
             log.info("loaded %d undelivered samples from the last run", len(new))
-        if dropped > 0:
-            log.warning(
-                "dropped %d saved samples: BUFFER_SIZE=%d is too small", dropped, self._size
-            )
+        if over > 0:
+            log.warning("dropped %d saved samples: BUFFER_SIZE=%d is too small", over, self._size)
         if state.unread:
             self._disk_problems.begin("read", f"cannot read saved samples: {state.unread}")
         else:
@@ -1147,8 +1145,7 @@ class Tries:
     """The attempts at one old sample, or at all heartbeats since the last success."""
 
     failures: int = 0  # of an attempt and its retries, until they are used up
-    # For each time that the dashboard rejected this sample: how many others had been delivered.
-    strikes: set[int] = field(default_factory=set)
+    strikes: set[int] = field(default_factory=set)  # how many samples had been delivered by each
 
 
 def parse_json(body: bytes) -> dict[str, Any] | None:

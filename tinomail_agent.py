@@ -897,10 +897,8 @@ class Sender:
         self._clock_agrees = self._clock_agrees + 1 if abs(offset) <= CLOCK_OFFSET_LIMIT_S else 0
         if not self._clock_agrees:
             way = "ahead of" if offset > 0 else "behind"
-            self._problems.begin(
-                "clock", f"this node's clock is {way} the dashboard's: "
-                "is time synchronisation running?", f"{abs(offset)} s",
-            )
+            what = f"this node's clock is {way} the dashboard's: is time synchronisation running?"
+            self._problems.begin("clock", what, f"{abs(offset)} s")
         elif self._clock_agrees >= CLOCK_AGREES:
             self._problems.end("clock", "this node's clock agrees with the dashboard's again")
 
@@ -1617,7 +1615,9 @@ class Transport(requests.adapters.HTTPAdapter):
         for index, (_, address) in enumerate(addresses):
             try:
                 share_s = self._left_s() / (len(addresses) - index)
-                sock = socket.create_connection(address[:2], share_s)  # it is no name
+                # As text, a link-local address keeps its interface.
+                host, _ = socket.getnameinfo(address, socket.NI_NUMERICHOST | socket.NI_NUMERICSERV)
+                sock = socket.create_connection((host, address[1]), share_s)
             except OSError as error:
                 failures.append(error)
             else:

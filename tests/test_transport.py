@@ -377,6 +377,15 @@ def test_an_address_of_a_family_that_is_off(
     assert transport.post(REQUESTS[dashboard.api], LIMIT_S).status == 201
 
 
+def test_a_link_local_address_keeps_its_interface(monkeypatch: pytest.MonkeyPatch) -> None:
+    resolve(monkeypatch, lambda: [(socket.AF_INET6, 1, 6, "", ("fe80::1", 443, 0, 1))])
+    connect = Mock(side_effect=ConnectionRefusedError)
+    monkeypatch.setattr(socket, "create_connection", connect)
+    transport = agent.Transport("https://dashboard.example.com")
+    assert transport.post(REQUEST, LIMIT_S).reason == "connection refused"
+    assert connect.call_args.args[0] == (f"fe80::1%{socket.if_indextoname(1)}", 443)
+
+
 def test_no_name_server_answers_any_more(
     dashboard: Dashboard, monkeypatch: pytest.MonkeyPatch
 ) -> None:

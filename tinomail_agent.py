@@ -1219,8 +1219,10 @@ def judge(answer: Answer, key: str, hints: tuple[Rule, ...] = ()) -> Verdict:
     if rule.outcome is Outcome.DELIVERED:
         return Verdict(Outcome.DELIVERED)
     server = printable(answer.server, key, HEADER_CHARS)
-    problem = f"answered {answer.status}" + (f" (Server: {server})" if server else "")
-    problem += f", {rule.note}" if rule.note else ""
+    problem = (
+        f"answered {answer.status}" + (f" (Server: {server})" if server else "")
+        + (f", {rule.note}" if rule.note else "")
+    )
     words = printable(message_of(answer.body), key) or printable(answer.location, key, HEADER_CHARS)
     return Verdict(rule.outcome, problem, rule.advice or words, rule.is_own_error)
 

@@ -550,7 +550,7 @@ class Buffer:
     def _sync(self, limit_s: float = DISK_LIMIT_S) -> None:
         if self._state and (not self._is_loaded or self._worker.hanging or self._due_files()):
             with contextlib.suppress(TimeoutError):  # the worker logs that it hangs
-                self._worker.call(STATE_DIRECTORY, self._sync_files, limit_s)
+                self._worker.call(STATE_DIRECTORY, partial(self._sync_files, self._state), limit_s)
 
     def _due_files(self) -> list[int]:
         """Return the seq of each file to remove, then of each to write: removing makes room."""
@@ -558,32 +558,28 @@ class Buffer:
             wanted = {seq for seq in self._ring if seq <= self._save_until}
             return [*sorted(self._files - self._ring.keys()), *sorted(wanted - self._files)]
 
-    def _sync_files(self) -> None:
+    def _sync_files(self, state: State) -> None:
         """Read the files once, then remove and write what is due. Runs in the worker."""
-        assert self._state is not None
         if not self._is_loaded:
-            self._load_files(self._state)
-        failure: OSError | None = None
+            self._load_files(state)
         due = self._due_files()
         for seq in due:
             sample = self.get(seq)
             try:
                 if sample:
-                    self._state.write(sample)
+                    state.write(sample)
                 else:
-                    self._state.remove(seq)
+                    state.remove(seq)
             except OSError as error:
-                failure = error
+                problem = f"cannot write undelivered samples to disk: {_reason(error)}"
+                self._disk_problems.begin("disk", problem)
                 if sample:
                     break  # the next write would fail too; the next removal may not
             else:
                 note = self._files.add if sample else self._files.discard
                 with self._lock:
                     note(seq)
-        if failure:
-            problem = f"cannot write undelivered samples to disk: {_reason(failure)}"
-            self._disk_problems.begin("disk", problem)
-        elif due:
+        if due and not self._due_files():
             self._disk_problems.end("disk", "writing undelivered samples to disk again")
 
     def _load_files(self, state: State) -> None:
@@ -593,15 +589,13 @@ class Buffer:
             self._ring = dict(sorted({**new, **self._ring}.items()))
             self._last_seq = max(self._last_seq, *self._ring, 0)
             self._count["loaded"] += len(new)
-            dropped = len(self._ring) - self._size
+            over = len(self._ring) - self._size
             self._make_room()
         self._is_loaded = not state.unread
         if new:
             log.info("loaded %d undelivered samples from the last run", len(new))
-        if dropped > 0:
-            log.warning(
-                "dropped %d saved samples: BUFFER_SIZE=%d is too small", dropped, self._size
-            )
+        if over > 0:
+            log.warning("dropped %d saved samples: BUFFER_SIZE=%d is too small", over, self._size)
         if state.unread:
             self._disk_problems.begin("read", f"cannot read saved samples: {state.unread}")
         else:
@@ -722,7 +716,9 @@ class Sender:
             return
         tries = self._heartbeats if is_heartbeat else self._tries.setdefault(sample.seq, Tries())
         tries.failures += verdict.outcome is Outcome.RETRY
-        if self._count_strike(sample, verdict, tries.failures) >= STRIKES:
+        is_last_try = tries.failures > len(BACKOFF_S)
+        is_rejected = verdict.outcome is Outcome.REFUSED or (verdict.is_own_error and is_last_try)
+        if is_rejected and self._count_strike(sample) >= STRIKES:
             self._refusal = verdict
             self._buffer.settle(sample, "refused")
         else:
@@ -735,35 +731,27 @@ class Sender:
         A heartbeat then gives way to the next new sample. An old sample comes after all others;
         the next old one follows at once if the dashboard itself refused this one.
         """
-        if verdict.outcome is Outcome.RETRY and self._down_since == math.inf:
-            pause = backoff_s(tries.failures, self._jitter())
-            if pause is not None and self._quiet_until - self._clock() <= sum(BACKOFF_S):
-                self._retry_at = self._clock() + pause
-                return
+        is_quiet = self._quiet_until - self._clock() > sum(BACKOFF_S)
+        if verdict.outcome is Outcome.RETRY and tries.failures <= len(BACKOFF_S) and not is_quiet:
+            pause = BACKOFF_S[tries.failures - 1] * (0.75 + 0.5 * self._jitter())
+            self._retry_at = self._clock() + pause
+            return
         self._plan = self._plan[1:] if verdict.outcome is Outcome.REFUSED else []
         if is_heartbeat:
             self._down_since = min(self._down_since, self._clock())
+            tries.failures = len(BACKOFF_S)  # the next heartbeats have no retries
             size = self._config.buffer_size
             self._report("delivery", f"cannot deliver samples (keeping up to {size})", verdict)
         else:
             tries.failures = 0
             self._report("drain", "cannot deliver an old sample", verdict)
 
-    def _count_strike(self, sample: Sample, verdict: Verdict, failures: int) -> int:
-        """Return the strikes of a sample; count one more if the dashboard rejects this one only.
-
-        It refused the sample twice in a row, or answered 5xx in JSON with no retry left; and it
-        has accepted another one since the last strike.
-        """
-        is_last_try = failures > len(BACKOFF_S) or self._down_since < math.inf
-        is_rejected = verdict.outcome is Outcome.REFUSED or (verdict.is_own_error and is_last_try)
-        tries = self._tries.get(sample.seq, Tries())
-        delivered = self._buffer.counters().delivered
-        if is_rejected and delivered > tries.deliveries:
-            tries.strikes += 1
-            tries.deliveries = delivered
-            self._tries[sample.seq] = tries
-        return tries.strikes
+    def _count_strike(self, sample: Sample) -> int:
+        """Count a rejection, if another sample was delivered since the last; return the strikes."""
+        strikes = self._tries.setdefault(sample.seq, Tries()).strikes
+        if delivered := self._buffer.counters().delivered:
+            strikes.add(delivered)
+        return len(strikes)
 
     # - registration
 
@@ -794,23 +782,21 @@ class Sender:
         self._own_id = self._own_id or host_name()
         if not self._own_id:
             return Verdict(Outcome.KEPT, problem="the host name is not set yet (or set NODE_ID)")
-        # Before the first registration, local_ip may be that of the last dashboard address.
-        known_ip = self._transport.local_ip if self._node_id else None
-        ip = known_ip or self._transport.route_ip()
+        ip = self._transport.local_ip or self._transport.route_ip()
         request = self._registration(neutral, ip)
-        verdict, answer = self._exchange(request, judge_registration)
+        verdict, quiet_until = self._exchange(request, judge_registration)
         if verdict.outcome is Outcome.DELIVERED:
-            self._node_id = self._dialect.confirmed_id(answer.body) or self._own_id
+            self._node_id = self._dialect.confirmed_id(self._last.body) or self._own_id
             self._problems.end("registration")
             if request != self._registered:
                 shown = printable(self._node_id, self._config.api_key)
                 log.info("registered as %s (role %s, address %s)", shown, neutral["role"], ip)
             self._registered = request
         elif self._node_id:  # samples go on under the id that was confirmed before
-            self._register_after = self._retry_after_end(verdict, answer)
+            self._register_after = quiet_until
             self._report("registration", "cannot register again", verdict)
         else:
-            self._quiet_until = self._retry_after_end(verdict, answer)
+            self._quiet_until = quiet_until
         problem = f"registration: {verdict.problem}"
         # A registration that fails is no strike against the sample.
         return dataclasses.replace(verdict, problem=problem, is_own_error=False)
@@ -823,29 +809,25 @@ class Sender:
     def _post(self, sample: Sample, neutral: Neutral) -> Verdict:
         """Post a sample. What the dashboard refuses is posted once more at once."""
         request = self._dialect.sample(neutral, self._node_id, self._config.api_key)
-        for _ in range(2):
-            verdict, answer = self._exchange(request, judge)
-            if verdict.outcome is not Outcome.REFUSED:
-                break
-        self._quiet_until = self._retry_after_end(verdict, answer)
+        verdict, self._quiet_until = self._exchange(request, judge)
+        if verdict.outcome is Outcome.REFUSED:
+            verdict, self._quiet_until = self._exchange(request, judge)
         return verdict
 
-    def _exchange(self, request: Request, weigh: Callable[..., Verdict]) -> tuple[Verdict, Answer]:
+    def _exchange(self, request: Request, weigh: Callable[..., Verdict]) -> tuple[Verdict, float]:
+        """Post; return the verdict, and the end of the Retry-After (monotonic; -inf without)."""
         self._last = answer = self._transport.post(request, self.stop_by - self._clock())
         verdict = weigh(answer, self._config.api_key, self._dialect.hints)
         if verdict.outcome is Outcome.DELIVERED:
             self._note_clock(answer)
         else:
             self._transport.disconnect()
-        return verdict, answer
-
-    def _retry_after_end(self, verdict: Verdict, answer: Answer) -> float:
-        """Return until when (monotonic) the dashboard wants no request: its Retry-After."""
         if verdict.outcome is not Outcome.RETRY:
-            return -math.inf
+            return verdict, -math.inf
         pause = retry_after_s(answer, self._now() - (self.clock_offset_s or 0))
         # Up to a heartbeat longer: nodes that got the same Retry-After do not return together.
-        return self._clock() + pause + self._jitter() * min(pause, self._config.interval_s)
+        pause += self._jitter() * min(pause, self._config.interval_s)
+        return verdict, self._clock() + pause
 
     def _post_zonemta(self, neutral: Neutral) -> None:
         """Post ZoneMTA's figures, once, where the dialect has an address of their own for them."""
@@ -857,8 +839,6 @@ class Sender:
         if verdict.outcome is Outcome.DELIVERED:
             self._problems.end("zonemta", "delivering ZoneMTA's figures again")
         else:
-            if not answer.status:
-                self._transport.disconnect()
             self._report("zonemta", "cannot deliver ZoneMTA's figures", verdict)
 
     # - what the log and the samples tell of it
@@ -875,20 +855,16 @@ class Sender:
         self._clock_agrees = self._clock_agrees + 1 if abs(offset) <= CLOCK_OFFSET_LIMIT_S else 0
         if not self._clock_agrees:
             way = "ahead of" if offset > 0 else "behind"
-            self._problems.begin(
-                "clock", f"this node's clock is {way} the dashboard's: "
-                "is time synchronisation running?", f"{abs(offset)} s",
-            )
+            what = f"this node's clock is {way} the dashboard's: is time synchronisation running?"
+            self._problems.begin("clock", what, f"{abs(offset)} s")
         elif self._clock_agrees >= CLOCK_AGREES:
             self._problems.end("clock", "this node's clock agrees with the dashboard's again")
 
     def _report_recovery(self) -> None:
         """Log the end of an outage, and the end of trouble with old samples."""
         waiting = self._buffer.counters().waiting
-        if self._down_since < math.inf:
-            took_s, self._down_since = self._clock() - self._down_since, math.inf
-            words = f"delivering again after {took_s:.0f} s, {waiting} waiting"
-            self._problems.end("delivery", words)
+        took_s, self._down_since = self._clock() - self._down_since, math.inf
+        self._problems.end("delivery", f"delivering again after {took_s:.0f} s, {waiting} waiting")
         if not waiting:
             self._problems.end("drain")
 
@@ -903,13 +879,11 @@ class Sender:
                 refused, counters.refused, self._refusal,
             )
         if counters.dropped > self._dropped:
-            self._problems.begin(
-                "dropped", f"the oldest samples are dropped: more than BUFFER_SIZE={size} wait"
-            )
+            problem = f"the oldest samples are dropped: more than BUFFER_SIZE={size} wait"
+            self._problems.begin("dropped", problem)
         elif counters.waiting <= size // 2:
-            self._problems.end(
-                "dropped", f"no more samples are dropped ({counters.dropped} dropped so far)"
-            )
+            words = f"no more samples are dropped ({counters.dropped} dropped so far)"
+            self._problems.end("dropped", words)
         self._dropped = counters.dropped
 
     def status(self) -> str:
@@ -1097,7 +1071,6 @@ def first_pause_s(node_id: str, interval_s: float) -> float:
 EXCERPT_CHARS = 200  # of a dashboard's answer, in the log
 HEADER_CHARS = 60  # of a header of it
 RETRY_AFTER_LIMIT_S = 300.0
-KEY_RUN = 6  # so many characters of the key in a row are not logged
 
 
 class Outcome(Enum):
@@ -1128,8 +1101,7 @@ class Tries:
     """The attempts at one old sample, or at all heartbeats since the last success."""
 
     failures: int = 0  # of an attempt and its retries, until they are used up
-    strikes: int = 0  # how often the dashboard rejected this sample, and accepted others between
-    deliveries: int = 0  # how many samples had been delivered at the last strike
+    strikes: set[int] = field(default_factory=set)  # how many samples had been delivered by each
 
 
 def parse_json(body: bytes) -> dict[str, Any] | None:
@@ -1188,9 +1160,8 @@ RULES = (
     Rule((409,), Outcome.DELIVERED, body=is_json),  # the dashboard has the sample already
     Rule((400, 413, 415, 422), Outcome.REFUSED, body=is_json),
     Rule((400, 404, 409, 413, 415, 422), Outcome.KEPT, NOT_THE_DASHBOARD),
-    Rule((408, 425, 429, 502, 503, 504), Outcome.RETRY),  # overloaded, or out of reach
-    Rule(range(500, 600), Outcome.RETRY, body=is_json, is_own_error=True),
-    Rule(range(500, 600), Outcome.RETRY),
+    Rule((500, 501, *range(505, 600)), Outcome.RETRY, body=is_json, is_own_error=True),
+    Rule((408, 425, 429, *range(500, 600)), Outcome.RETRY),  # overloaded, or out of reach
     Rule(range(1000), Outcome.KEPT),
 )
 
@@ -1210,11 +1181,8 @@ def judge(answer: Answer, key: str, hints: tuple[Rule, ...] = ()) -> Verdict:
         f"answered {answer.status}" + (f" (Server: {server})" if server else "")
         + (f", {rule.note}" if rule.note else "")
     )
-    if 300 <= answer.status < 400:
-        detail = printable(answer.location, key, HEADER_CHARS)
-    else:
-        detail = rule.advice or printable(message_of(answer.body), key)
-    return Verdict(rule.outcome, problem, detail, rule.is_own_error)
+    words = printable(message_of(answer.body), key) or printable(answer.location, key, HEADER_CHARS)
+    return Verdict(rule.outcome, problem, rule.advice or words, rule.is_own_error)
 
 
 def judge_registration(answer: Answer, key: str, hints: tuple[Rule, ...] = ()) -> Verdict:
@@ -1258,7 +1226,7 @@ def printable(text: str, key: str, limit: int = EXCERPT_CHARS) -> str:
 
 def mask(text: str, key: str) -> str:
     """Replace by *** each run of six or more characters of the key (of all, if it is shorter)."""
-    size = min(KEY_RUN, len(key))
+    size = min(6, len(key))
     pieces = {key[start : start + size] for start in range(len(key) - size + 1)} - {""}
     shown = list(text)
     for start in range(len(text)):
@@ -1290,11 +1258,6 @@ def retry_after_s(answer: Answer, now: float) -> float:
     return min(RETRY_AFTER_LIMIT_S, max(0.0, seconds))
 
 
-def backoff_s(attempt: int, jitter: float) -> float | None:
-    """Return the pause before a retry (1 is the first), None if there is none; jitter: 0 to 1."""
-    return BACKOFF_S[attempt - 1] * (0.75 + 0.5 * jitter) if attempt <= len(BACKOFF_S) else None
-
-
 # --- dialects ----------------------------------------------------------------------------
 
 Neutral = Mapping[str, Any]  # a sample without node id and dialect, as unpack() returns it
@@ -1322,8 +1285,7 @@ class Dialect:
 
     def register(self, neutral: Neutral, node_id: str, ip: str, key: str) -> Request:
         """Render the registration of this machine, as it was in a neutral sample."""
-        hostname = _printable(socket.gethostname())
-        body = {"hostname": hostname, **self.node(neutral, node_id, ip)}
+        body = {"hostname": _printable(socket.gethostname()), **self.node(neutral, node_id, ip)}
         return Request("/api/v1/nodes", self.headers(key), _json(body))
 
     def sample(self, neutral: Neutral, node_id: str, key: str) -> Request:
@@ -1563,10 +1525,7 @@ class Transport(requests.adapters.HTTPAdapter):
         self._opened, self._connection = time.monotonic(), None
         if self._url.scheme == "https" and not self._tls:
             self._tls = tls_context(self._ca_bundle)
-        try:
-            sock = self._dial()
-        except OSError as error:
-            raise urllib3.exceptions.HTTPError from error  # urllib3 would swallow some
+        sock = self._dial()
         self._connection = connection
         self.local_ip = str(sock.getsockname()[0])
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -1575,9 +1534,9 @@ class Transport(requests.adapters.HTTPAdapter):
             name = str(self._url.hostname).rstrip(".")
             try:
                 sock = self._tls.wrap_socket(sock, server_hostname=name)
-            except ssl.SSLCertVerificationError as error:
+            except ssl.SSLCertVerificationError:
                 self._tls = None
-                raise TrustError(certificate_problem(error)) from None
+                raise
         connection.sock, connection.is_verified = sock, True
 
     def response(self, sock: Any, **named: Any) -> http.client.HTTPResponse:
@@ -1613,20 +1572,19 @@ class Transport(requests.adapters.HTTPAdapter):
         """Connect to the first address that answers; none takes more than its share of the time."""
         failures: list[OSError] = []
         addresses = self._look_up()
-        for index, (family, address) in enumerate(addresses):
-            sock = None
+        for index, (_, address) in enumerate(addresses):
             try:
-                sock = socket.socket(family, socket.SOCK_STREAM)
-                sock.settimeout(self._left_s() / (len(addresses) - index))
-                sock.connect(address)
-            except OSError as failure:
-                if sock:
-                    sock.close()
-                failures.append(failure)
+                share_s = self._left_s() / (len(addresses) - index)
+                # As text, a link-local address keeps its interface.
+                host, _ = socket.getnameinfo(address, socket.NI_NUMERICHOST | socket.NI_NUMERICSERV)
+                sock = socket.create_connection((host, address[1]), share_s)
+            except OSError as error:
+                failures.append(error)
             else:
                 addresses.insert(0, addresses.pop(index))
                 return sock
-        raise min(failures, key=lambda failure: failure.errno in NO_WAY)
+        failure = min(failures, key=lambda failure: failure.errno in NO_WAY)
+        raise urllib3.exceptions.HTTPError from failure  # urllib3 would swallow some OSErrors
 
     # - one attempt
 
@@ -1653,8 +1611,8 @@ class Transport(requests.adapters.HTTPAdapter):
         try:
             rows = socket.getaddrinfo(self._url.hostname, port, type=socket.SOCK_STREAM)
             found = [(family, address) for family, *_, address in rows]
-            known = [one for one in self._addresses if one in found]
-            self._addresses = known + [one for one in found if one not in known]
+            order = self._addresses + found
+            self._addresses = [*dict.fromkeys(one for one in order if one in found)]
         except socket.gaierror as error:
             if error.errno != socket.EAI_AGAIN or not self._addresses:
                 raise  # else no name server answers: the addresses of the last look-up
@@ -1681,7 +1639,7 @@ SYSTEM_CA = "/etc/ssl/certs/ca-certificates.crt"
 
 
 class TrustError(ValueError):
-    """The CA to trust cannot be read, or the certificate is bad; the text says why."""
+    """The CA to trust cannot be read; the text says why."""
 
 
 def tls_context(ca_bundle: str) -> ssl.SSLContext:
@@ -1714,13 +1672,6 @@ CERTIFICATE_PROBLEMS = {
     64: "is for another IP address",
 }
 
-
-def certificate_problem(error: ssl.SSLCertVerificationError) -> str:
-    other = f"is bad (OpenSSL: {error.verify_message})"
-    problem = CERTIFICATE_PROBLEMS.get(error.verify_code, other)
-    return f"the dashboard's certificate {problem} (CA_BUNDLE names the CA to trust)"
-
-
 CLOSED = "the connection was closed before the answer was complete"
 TIME_IS_OVER = "no complete answer in time (a firewall, or a dashboard that hangs)"
 
@@ -1733,6 +1684,9 @@ NETWORK_PROBLEMS: tuple[tuple[Any, bool, str | Callable[[Any], str]], ...] = (
     (ConnectionRefusedError, False, "connection refused"),
     ((ConnectionError, ssl.SSLEOFError, ssl.SSLZeroReturnError, http.client.IncompleteRead), False,
      CLOSED),
+    (ssl.SSLCertVerificationError, True, lambda e: "the dashboard's certificate "
+     + CERTIFICATE_PROBLEMS.get(e.verify_code, f"is bad (OpenSSL: {e.verify_message})")
+     + " (CA_BUNDLE names the CA to trust)"),
     (ssl.SSLError, True,
      lambda e: f"TLS failed ({e.reason or 'no reason given'}); is this an https:// address?"),
     (http.client.LineTooLong, True, "the answer is too long"),
@@ -1743,7 +1697,7 @@ NETWORK_PROBLEMS: tuple[tuple[Any, bool, str | Callable[[Any], str]], ...] = (
 def no_answer(error: BaseException) -> Answer:
     """Say why there was no answer, without a word of an exception's own text."""
     causes = [error]
-    while cause := causes[-1].__context__:
+    while cause := causes[-1].__context__ or causes[-1].__cause__:
         causes.append(cause)
     for kinds, is_lasting, words in NETWORK_PROBLEMS:
         for cause in causes:
@@ -1752,8 +1706,8 @@ def no_answer(error: BaseException) -> Answer:
                 reason = words(cause) if callable(words) else words
                 return Answer(0, reason, is_lasting=is_lasting and not no_name_server)
     codes = [c.errno for c in causes if isinstance(c, OSError) and isinstance(c.errno, int)]
-    kind = type(error).__name__
-    return Answer(0, os.strerror(codes[-1]) if codes else f"the request failed ({kind})")
+    other = f"the request failed ({type(error).__name__})"
+    return Answer(0, os.strerror(codes[-1]) if codes else other)
 
 
 # --- state on disk -----------------------------------------------------------------------
@@ -1778,13 +1732,12 @@ class State:
     def load(self, known: Iterable[int] = ()) -> list[Sample]:
         """Read the samples that are not known. Delete damaged files, leave unreadable ones."""
         samples, damaged, self.unread = [], 0, ""
+        names: list[str] = []
         try:
-            with os.scandir(self._buffer) as entries:
+            with contextlib.suppress(FileNotFoundError), os.scandir(self._buffer) as entries:
                 names = [entry.name for entry in entries if entry.is_file(follow_symlinks=False)]
-        except FileNotFoundError:
-            names = []
         except OSError as error:
-            names, self.unread = [], _reason(error)
+            self.unread = _reason(error)
         seqs = {int(name.split(".")[0]) for name in names if SAMPLE_FILE.fullmatch(name)}
         for seq in sorted(seqs.difference(known)):
             try:
@@ -1855,8 +1808,7 @@ def unpack(packed: bytes) -> dict[str, Any]:
     body = json.loads(inflate.decompress(packed, 16 * FILE_LIMIT_BYTES))
     if not inflate.eof:
         raise ValueError
-    whole: dict[str, Any] = body.get("whole", body)
-    return whole
+    return dict(body.get("whole", body))
 
 
 def iso_utc(epoch_s: float) -> str:

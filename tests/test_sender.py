@@ -52,7 +52,7 @@ def stamp_of(request: agent.Request) -> str:
 class Site:
     """A node and its dashboard: the sender, its buffer, and a network that obeys."""
 
-    def __init__(self, api: str = "v1", **settings: Any) -> None:
+    def __init__(self, api: str = "v1", *, jitter: float = 0.5, **settings: Any) -> None:
         self.api = api
         settings["dashboard_api"] = api
         self.clock = FakeClock()
@@ -75,7 +75,7 @@ class Site:
         self.queue_answer = OK
         self.sender = Sender(
             self.config, self.buffer, self, clock=self.clock.monotonic,  # type: ignore[arg-type]
-            now=self.clock.time, jitter=lambda: 0.5,
+            now=self.clock.time, jitter=lambda: jitter,
         )
 
     # - the network, as Transport has it
@@ -254,6 +254,15 @@ def test_retries_and_then_one_attempt_per_heartbeat(site: Site) -> None:
     assert [(round(at - start, 1), stamp) for at, stamp in site.posts] == [
         (0.0, "t2"), (1.0, "t2"), (3.0, "t2"), (7.0, "t2"), (15.0, "t3"), (30.0, "t4"),
     ]
+
+
+@pytest.mark.parametrize(("jitter", "pauses"), [(0.0, [0.75, 1.5, 3.0]), (1.0, [1.25, 2.5, 5.0])])
+def test_the_pauses_before_retries_vary(jitter: float, pauses: list[float]) -> None:
+    site = Site(jitter=jitter)
+    site.answer = lambda request: NO_ANSWER
+    site.beat()
+    times = [at for at, _ in site.posts]
+    assert [later - at for at, later in itertools.pairwise(times)] == pytest.approx(pauses)
 
 
 def test_once_down_for_any_reason_there_is_one_attempt_per_heartbeat(site: Site) -> None:

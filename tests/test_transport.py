@@ -16,7 +16,7 @@ import sys
 import threading
 import time
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import datetime, timedelta, timezone
 from email.utils import format_datetime
 from pathlib import Path
@@ -279,14 +279,24 @@ def test_a_name_that_cannot_be_resolved(monkeypatch: pytest.MonkeyPatch) -> None
     assert transport.deadline != math.inf  # and no name look-up is under way
 
 
+def resolve(monkeypatch: pytest.MonkeyPatch, look_up: Callable[[], object]) -> None:
+    """Let each look-up of a name be this one; create_connection() still gets its addresses."""
+    real = socket.getaddrinfo
+
+    def getaddrinfo(host: str, port: int, *args: Any, **_: object) -> object:
+        return real(host, port, *args) if args else look_up()
+
+    monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
+
+
 def names(monkeypatch: pytest.MonkeyPatch, *addresses: Any, pause_s: float = 0) -> None:
     """Let every name stand for these addresses."""
 
-    def look_up(host: str, port: int, **_: object) -> object:
+    def look_up() -> object:
         time.sleep(pause_s)
         return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", address) for address in addresses]
 
-    monkeypatch.setattr(socket, "getaddrinfo", look_up)
+    resolve(monkeypatch, look_up)
 
 
 def test_name_resolution_is_outside_the_deadline(
@@ -356,9 +366,7 @@ def test_an_address_of_a_family_that_is_off(
     port = dashboard.server_address[1]
     found = [(socket.AF_INET6, 1, 6, "", ("::1", port, 0, 0)),
              (socket.AF_INET, 1, 6, "", ("127.0.0.1", port))]
-    monkeypatch.setattr(
-        socket, "getaddrinfo", lambda *_, **__: found if is_first else found[::-1]
-    )
+    resolve(monkeypatch, lambda: found if is_first else found[::-1])
     transport = agent.Transport(dashboard.url)
     assert transport.post(REQUESTS[dashboard.api], LIMIT_S).status == 201
     dashboard.fault = "refuse"
@@ -367,6 +375,15 @@ def test_an_address_of_a_family_that_is_off(
     dashboard.fault = "off"
     transport.disconnect()
     assert transport.post(REQUESTS[dashboard.api], LIMIT_S).status == 201
+
+
+def test_a_link_local_address_keeps_its_interface(monkeypatch: pytest.MonkeyPatch) -> None:
+    resolve(monkeypatch, lambda: [(socket.AF_INET6, 1, 6, "", ("fe80::1", 443, 0, 1))])
+    connect = Mock(side_effect=ConnectionRefusedError)
+    monkeypatch.setattr(socket, "create_connection", connect)
+    transport = agent.Transport("https://dashboard.example.com")
+    assert transport.post(REQUEST, LIMIT_S).reason == "connection refused"
+    assert connect.call_args.args[0] == (f"fe80::1%{socket.if_indextoname(1)}", 443)
 
 
 def test_no_name_server_answers_any_more(
@@ -378,7 +395,7 @@ def test_no_name_server_answers_any_more(
     for code, status in ((0, 201), (socket.EAI_AGAIN, 201), (socket.EAI_NONAME, 0)):
         if code:
             error = socket.gaierror(code, "")
-            monkeypatch.setattr(socket, "getaddrinfo", Mock(side_effect=error))
+            resolve(monkeypatch, Mock(side_effect=error))
         assert transport.post(REQUESTS[dashboard.api], LIMIT_S).status == status
         transport.disconnect()
 
@@ -732,11 +749,6 @@ def test_each_format_of_a_date_is_utc(text: str, monkeypatch: pytest.MonkeyPatch
     finally:
         monkeypatch.undo()
         time.tzset()
-
-
-def test_backoff() -> None:
-    assert [agent.backoff_s(n, 0.5) for n in (1, 2, 3, 4)] == [1.0, 2.0, 4.0, None]
-    assert [agent.backoff_s(2, jitter) for jitter in (0.0, 1.0)] == [1.5, 2.5]
 
 
 # --- the dialect

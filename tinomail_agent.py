@@ -889,13 +889,13 @@ class Sender:
     def status(self) -> str:
         """Say in one line how the sending goes, for `systemctl status`."""
         counters, last = self._buffer.counters(), self._last
+        state = "ok" if counters.delivered else "starting"
+        if self._heartbeats.failures:
+            state = "retrying" if self._down_since == math.inf else "not delivering"
         figures = f"{counters.delivered} sent, {counters.waiting} waiting"
-        is_down = self._down_since < math.inf
-        if not is_down and not counters.delivered:
-            return f"starting: {figures}"
         if last.status or last.reason:
             figures += f", last {last.status or 'unanswered'} in {1000 * last.took_s:.0f} ms"
-        return f"{'not delivering' if is_down else 'ok'}: {figures}"
+        return f"{state}: {figures}"
 
 
 # --- problems, workers, ticks ------------------------------------------------------------
@@ -908,15 +908,13 @@ class Problems:
     the problem ends, and again the next time. Not thread-safe: each thread has its own.
     """
 
-    MOST_DESCRIPTIONS = 100  # of one problem: some contain an answer's words, which may vary
-
     def __init__(self) -> None:
         self._now: dict[str, set[str]] = {}  # name -> descriptions that were logged
 
     def begin(self, name: str, what: str, detail: str = "", level: int = logging.WARNING) -> None:
         """Log a problem, unless this description was logged since it began; detail may vary."""
         known = self._now.setdefault(name, set())
-        if what not in known and len(known) < self.MOST_DESCRIPTIONS:
+        if what not in known and len(known) < 100:  # some contain an answer's words, which vary
             known.add(what)
             text = f"{what}: {detail}" if detail else what
             log.log(level, "%s", text, exc_info=level == logging.ERROR)
@@ -1429,6 +1427,7 @@ DIALECTS = {"v1": V1, "tinomail-monitor": MONITOR}
 
 # Errors of a socket whose address family is off or has no route here.
 NO_WAY = (errno.EHOSTUNREACH, errno.ENETUNREACH, errno.EAFNOSUPPORT)
+SYSTEM_CA = "/etc/ssl/certs/ca-certificates.crt"
 CONNECTION_LIMIT_S = 3600.0  # then a kept connection is closed: the dashboard may have moved
 ANSWER_LIMIT_BYTES = 64 * 1024  # of an answer's body, compressed or not; twice that in all
 
@@ -1633,9 +1632,6 @@ def _read_answer(raw: Any) -> Answer:
             body = zlib.decompressobj(47).decompress(body, ANSWER_LIMIT_BYTES)  # gzip or zlib
     head = (raw.headers.get(name, "") for name in ("Server", "Date", "Retry-After", "Location"))
     return Answer(raw.status, "", body, *head)
-
-
-SYSTEM_CA = "/etc/ssl/certs/ca-certificates.crt"
 
 
 class TrustError(ValueError):
@@ -1978,7 +1974,6 @@ def read_pressure(proc: str, meter: Meter) -> dict[str, Any]:
 # --- disks and networks ------------------------------------------------------------------
 
 DISKS_LIMIT = 16  # the fullest ones: a post stays under 2 KB
-
 # File systems that wait for a server or a process.
 REMOTE = re.compile(r"fuse.*|nfs4?|cifs|smb3|ceph|9p|afs|coda|lustre|gfs2|ocfs2|beegfs|virtiofs")
 
@@ -3253,8 +3248,7 @@ def take_sample(config: Config, known: Iterable[str]) -> tuple[Sample, str]:
 
 def run_check(config: Config, known: Iterable[str]) -> int:
     """Show the settings and a sample, and check whether the dashboard takes it."""
-    print(f"TinoMail agent {VERSION}\n")
-    print(f"settings (from the environment, then {config.env_file or 'no file'})")
+    print(f"TinoMail agent {VERSION}\n\nsettings (from the environment, then {config.env_file or 'no file'})")
     for name, text in config.texts.items():
         print(f"  {name:<19} {text or '(empty)'}")
     for warning in config.warnings:

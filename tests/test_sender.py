@@ -967,8 +967,16 @@ def test_the_end_leaves_a_dashboard_alone_that_asked_for_it(site: Site) -> None:
 def test_status_line(site: Site) -> None:
     site.beat(3)
     assert site.sender.status() == "ok: 3 sent, 0 waiting, last 201 in 0 ms"
-    site.answer = lambda request: NO_ANSWER
+    during = []
+
+    def no_answer(request: agent.Request) -> Answer:
+        during.append(site.sender.status())
+        return NO_ANSWER
+
+    site.answer = no_answer
     site.beat()
+    assert during[0] == "ok: 3 sent, 1 waiting, last 201 in 0 ms"
+    assert set(during[1:]) == {"retrying: 3 sent, 1 waiting, last unanswered in 0 ms"}
     assert site.sender.status() == "not delivering: 3 sent, 1 waiting, last unanswered in 0 ms"
 
 

@@ -3248,7 +3248,7 @@ def take_sample(config: Config, known: Iterable[str]) -> tuple[Sample, str]:
 
 def run_check(config: Config, known: Iterable[str]) -> int:
     """Show the settings and a sample, and check whether the dashboard takes it."""
-    print(f"TinoMail agent {VERSION}\n\nsettings (from the environment, then {config.env_file or 'no file'})")
+    print(f"TinoMail agent {VERSION}\n\nsettings: environment, then {config.env_file or 'no file'}")
     for name, text in config.texts.items():
         print(f"  {name:<19} {text or '(empty)'}")
     for warning in config.warnings:

@@ -103,7 +103,7 @@ class Proxy:
                 keepalive_timeout {self._options["idle"]};
                 upstream dashboard {{ {self._options["balance"]} {servers} }}
                 server {{ listen 127.0.0.1:{self.port}; {rule if "return" in rule else ""}
-                    location / {{ proxy_pass http://dashboard; proxy_read_timeout 250ms;
+                    location / {{ proxy_pass http://dashboard; proxy_read_timeout 1s;
                         {"" if "return" in rule else rule} }} }} }}"""
 
     def _haproxy(self, rule: str) -> str:
@@ -114,9 +114,9 @@ global
 defaults
   mode http
   retries 0
-  timeout connect 250ms
+  timeout connect 1s
   timeout client 5s
-  timeout server 250ms
+  timeout server 1s
   timeout http-keep-alive {self._options["idle"]}
 frontend front
   bind 127.0.0.1:{self.port}
@@ -143,7 +143,7 @@ backend dashboard
   {"" if rule == OTHER_HOST else rule}
   reverse_proxy {servers} {{
     transport http {{
-      response_header_timeout 250ms
+      response_header_timeout 1s
     }}
   }}
 }}
@@ -301,11 +301,14 @@ def play(kind: str, api: str, folder: Path) -> Run:
                         lambda: use(condition.rule, condition.fault),  # noqa: B023
                         lambda: use("", "off"))
 
-            server.delay_s = 0.15
-            server.under_way.clear()
-            assert server.under_way.wait(LIMIT_S)
-            through(run, agent, server, RESTART, proxy.kill, proxy.start)
-            server.delay_s = 0.0
+            def kill_in_mid_flight() -> None:
+                server.under_way.clear()
+                server.delay_s = 0.4
+                assert server.under_way.wait(LIMIT_S)
+                proxy.kill()
+                server.delay_s = 0.0
+
+            through(run, agent, server, RESTART, kill_in_mid_flight, proxy.start)
             eventually(has_delivered(agent, server), LIMIT_S)
             assert agent.stop() == 0
             run.counters, run.stored, run.output = agent.counters(), server.stored(), agent.output

@@ -12,23 +12,23 @@ mail ports of this machine, and posts them as JSON to DASHBOARD_URL with API_KEY
     main thread:      checks both threads and the memory, answers signals, reports to systemd
     worker threads:   calls that may never return (a disk, a stuck process), with a time limit
 
-Collecting never waits for the dashboard. Sending never delays a sample. A metric that cannot be
-read is omitted and counted, never sent as 0.
+Collecting never waits for the dashboard, and at most two seconds for a slow disk. A metric that
+cannot be read is omitted and counted, never sent as 0.
 
 A sample leaves the buffer when the dashboard confirms it; until then it is tried again. It is
 written to STATE_DIRECTORY when an attempt failed, when it has waited for a second, and at once
 if older samples still wait. A sample is lost when
-    the ring is full: it is counted as dropped
+    it is the oldest one in a full ring: counted as dropped
     the dashboard rejects it five times, and accepts others in between: counted as refused
     its file is damaged: logged
-    it has no file yet, and the agent is killed, or stops while the disk fails
+    the agent is killed before it has a file, or stops while none can be written
     the power fails: files are not synced
 
 To add a metric:   a reader in Collector.readers, which is enough for v1; MONITOR_SYSTEM
                    for tinomail-monitor. A new column of disks or processes: LATER_COLUMNS
        a service:  SERVICES and the tables below it; MONITOR_PROCESSES, MONITOR_ROLES
        a setting:  a field of Config
-       a status:   (of an answer) a row of RULES; the first row that fits counts. For one
+       a rule for an answer's status: a row of RULES; the first row that fits counts. For one
                    dialect only: a row of its hints
 
 This file, from the top:
@@ -111,7 +111,7 @@ VERSION = "1.1.0"
 RELEASED = 1_795_651_200  # 2026-11-26, in epoch seconds: a clock that shows less is not set yet
 
 PRIME_S = 1.0  # the first rates and CPU shares are measured over this long
-HANG_LIMIT_S = 1.0  # for all calls of a kind that may hang, in one sample
+HANG_LIMIT_S = 1.0  # for all calls of one Worker in one sample: they may hang
 FILES_LIMIT_S = 4.0  # for all files that lxcfs may provide: late figures are better than none
 ZONEMTA_POST_S = 5.0  # deadline of the post of ZoneMTA's figures
 REQUEST_DEADLINE_S = 10.0  # connect, TLS, request and answer together, without the name look-up
@@ -127,7 +127,7 @@ STOP_LIMIT_S = 5.0
 POST_AT_STOP_S = 1.5  # of it, kept for posting the last sample
 LOOK_UP_AT_STOP_S = 1.0  # of it, how long a stop waits for a name look-up
 CLOCK_OFFSET_LIMIT_S = 30
-CLOCK_AGREES = 20  # the problem with the clock ends after so many good answers in a row
+CLOCK_AGREES = 20  # the clock is right again after so many answers in a row whose Date agrees
 REFUSED_LOG_S = 3600.0  # between two lines about refused samples
 CRASH_PAUSE_S = 10.0
 SUPERVISE_S = 1.0
@@ -163,7 +163,7 @@ class Agent:
         self._watchdog_s = int(environ.get("WATCHDOG_USEC", 0)) / 1e6  # 0: no watchdog
         self._ping_s = min(10.0, self._watchdog_s / 3) or 10.0
         self._next_ping = 0.0
-        self._status = ""  # as systemd shows it; "" until the agent is ready
+        self._status = ""  # as systemd shows it; "": not ready yet
 
     def run(self) -> int:
         """Run until SIGTERM, SIGINT or SIGHUP; return the exit code."""
@@ -183,7 +183,7 @@ class Agent:
             VERSION, self._config.node_id or "(no host name yet)", self._config.interval_s,
             self._config.dashboard_url,
         )
-        while not (received := self._receive_signals()) - {signal.SIGUSR1}:
+        while (received := self._receive_signals()) <= {signal.SIGUSR1}:
             if received:
                 log.info("%s", self._counters())
             self._supervise()
@@ -211,7 +211,7 @@ class Agent:
             if self._sender.due == math.inf and time.monotonic() > look_up_deadline:
                 break  # the sender looks a name up
             sender.join(0.05)
-        self._buffer.save()  # removes the file of a sample that was delivered while it was written
+        self._buffer.save()  # removes files of samples that were delivered during the save above
 
     # - the collector thread
 
@@ -220,10 +220,10 @@ class Agent:
         interval = self._config.interval_s
         self._collector.guarded(self._collector.prime)
         due = time.monotonic() + PRIME_S
-        shift = first_pause_s(self._config.node_id, interval) - interval  # of the second tick
+        extra = first_pause_s(self._config.node_id, interval) - interval  # of the first pause
         while not self._stop.wait(max(0.0, due - time.monotonic())):
             self._collector.guarded(self._take_sample)
-            due, shift = next_tick(due + shift, time.monotonic(), interval), 0.0
+            due, extra = next_tick(due + extra, time.monotonic(), interval), 0.0
             if self._stop.wait(min(SAVE_AFTER_S, max(0.0, due - time.monotonic()) / 2)):
                 return
             self._collector.guarded(self._buffer.save)
@@ -238,7 +238,7 @@ class Agent:
         else:
             self._clock_problem.end("clock", "the clock is set: taking samples")
             self._buffer.put(self._collector.collect())
-        # first_pause_s() is at most one and a half intervals.
+        # The first pause is the longest: up to one and a half intervals.
         self._collector_due = time.monotonic() + 1.5 * self._config.interval_s
 
     # - supervision
@@ -247,16 +247,16 @@ class Agent:
         """Tell systemd that the agent is ready, and then that both threads make progress."""
         now, status = time.monotonic(), self._sender.status()
         if self._collector_due == math.inf or (now < self._next_ping and status == self._status):
-            return  # a new status line is shown at once
+            return  # there is nothing new to tell
         if not self._status:
             self._systemd.notify("READY=1")
         self._status, self._next_ping = status, now + self._ping_s
         rss_mib, limit_mib = 0.0, self._config.memory_limit_mb
         with contextlib.suppress(OSError):  # out of file descriptors, say
             rss_mib = own_rss_bytes() / MIB
-        overdue = now - max(HANG_AFTER_S, self._watchdog_s)
+        oldest_due = now - max(HANG_AFTER_S, self._watchdog_s)
         dues = {"collector": self._collector_due, "sender": self._sender.due}
-        thread = next((name for name, due in dues.items() if due < overdue), "")
+        thread = next((name for name, due in dues.items() if due < oldest_due), "")
         if self._systemd.socket and rss_mib > limit_mib:
             self._problems.begin(
                 "supervision", f"more memory is used than MEMORY_LIMIT_MB={limit_mib} allows, "
@@ -480,7 +480,7 @@ class Buffer:
         self._count = dict.fromkeys(("sampled", "loaded", "delivered", "refused", "dropped"), 0)
 
     def put(self, sample: Sample) -> None:
-        """Add a sample, wake the sender. Save it first if others wait, or may be on disk."""
+        """Add a sample and wake the sender; first save it, if others wait or are not loaded yet."""
         with self._lock:
             is_behind = bool(self._ring) or not self._is_loaded
             sample = dataclasses.replace(sample, seq=max(sample.seq, self._last_seq + 1))
@@ -564,7 +564,7 @@ class Buffer:
             self._load_files(state)
         due = self._due_files()
         for seq in due:
-            sample = self.get(seq)
+            sample = self.get(seq)  # None: delivered or dropped, so its file goes
             try:
                 if sample:
                     state.write(sample)
@@ -576,9 +576,9 @@ class Buffer:
                 if sample:
                     break  # the next write would fail too; the next removal may not
             else:
-                note = self._files.add if sample else self._files.discard
+                update_files = self._files.add if sample else self._files.discard
                 with self._lock:
-                    note(seq)
+                    update_files(seq)
         if due and not self._due_files():
             self._disk_problems.end("disk", "writing undelivered samples to disk again")
 
@@ -629,12 +629,12 @@ class Sender:
         self._registered: Request | None = None  # what the dashboard knows of this node
         self._plan: list[Sample] = []  # what to try next: the heartbeat, or the oldest after it
         self._heartbeat_seq = 0  # of the newest sample that was tried
-        self._retry_at = -math.inf  # no retry before
-        self._quiet_until = -math.inf  # no request at all before (Retry-After)
-        self._register_after = -math.inf  # no other registration before
+        self._retry_at = -math.inf  # no retry before this time
+        self._quiet_until = -math.inf  # no request at all before this time (Retry-After)
+        self._register_after = -math.inf  # no other registration before this time
         self.stop_by = math.inf  # no attempt begins that would not end by then
         self._heartbeats = Tries()  # at all heartbeats since the last one that was delivered
-        self._down_since = math.inf  # when a heartbeat had no retry left; inf: not down
+        self._down_since = math.inf  # when a heartbeat had used up its retries; inf: no outage
         self._tries: dict[int, Tries] = {}  # by seq: at samples that failed, and come last
         self._last = Answer(0)
         self._dropped = 0  # how many samples the full ring had dropped
@@ -671,7 +671,7 @@ class Sender:
 
     @property
     def due(self) -> float:
-        """When this thread must have made progress (monotonic); infinite during a name look-up."""
+        """When this thread must have made progress (monotonic); infinite: at rest, or a look-up."""
         return max(self._due, self._transport.deadline)
 
     def step(self) -> float:
@@ -726,7 +726,7 @@ class Sender:
         self._buffer.save()
 
     def _plan_retry(self, verdict: Verdict, tries: Tries, is_heartbeat: bool) -> None:
-        """Plan a retry, unless Retry-After asks for a longer pause; without one, log why.
+        """Plan a retry; if none is left, or Retry-After asks for a longer pause, log why it failed.
 
         A heartbeat then gives way to the next new sample. An old sample comes after all others;
         the next old one follows at once if the dashboard itself refused this one.
@@ -739,7 +739,7 @@ class Sender:
         self._plan = self._plan[1:] if verdict.outcome is Outcome.REFUSED else []
         if is_heartbeat:
             self._down_since = min(self._down_since, self._clock())
-            tries.failures = len(BACKOFF_S)  # the next heartbeats have no retries
+            tries.failures = len(BACKOFF_S)  # the next heartbeat that fails has used up its retries
             size = self._config.buffer_size
             self._report("delivery", f"cannot deliver samples (keeping up to {size})", verdict)
         else:
@@ -825,7 +825,7 @@ class Sender:
         if verdict.outcome is not Outcome.RETRY:
             return verdict, -math.inf
         pause = retry_after_s(answer, self._now() - (self.clock_offset_s or 0))
-        # Up to a heartbeat longer: nodes that got the same Retry-After do not return together.
+        # Up to an interval longer: nodes that got the same Retry-After do not return together.
         pause += self._jitter() * min(pause, self._config.interval_s)
         return verdict, self._clock() + pause
 
@@ -1076,7 +1076,7 @@ class Outcome(Enum):
 
     DELIVERED = "delivered"
     RETRY = "tried again after a pause, then kept"
-    KEPT = "kept; tried again at the next heartbeat"
+    KEPT = "kept; tried again after the next success"
     REGISTER = "kept; the node registers and tries once more"
     REFUSED = "refused by the dashboard itself: kept until the last strike"
 
@@ -1098,8 +1098,8 @@ class Verdict:
 class Tries:
     """The attempts at one old sample, or at all heartbeats since the last success."""
 
-    failures: int = 0  # of an attempt and its retries, until they are used up
-    strikes: set[int] = field(default_factory=set)  # how many samples had been delivered by each
+    failures: int = 0  # of an attempt and its retries
+    strikes: set[int] = field(default_factory=set)  # how many samples were delivered until each
 
 
 def parse_json(body: bytes) -> dict[str, Any] | None:
@@ -1672,7 +1672,7 @@ CLOSED = "the connection was closed before the answer was complete"
 TIME_IS_OVER = "no complete answer in time (a firewall, or a dashboard that hangs)"
 
 # Why there was no answer: an exception, whether it is lasting (waiting does not help), and our own
-# words, since an exception's text may hold the key. The first row that fits counts.
+# words, since another exception's text may hold the key. The first row that fits counts.
 NETWORK_PROBLEMS: tuple[tuple[Any, bool, str | Callable[[Any], str]], ...] = (
     (TrustError, True, str),
     (socket.gaierror, True, "the name in DASHBOARD_URL cannot be resolved"),
@@ -1691,7 +1691,7 @@ NETWORK_PROBLEMS: tuple[tuple[Any, bool, str | Callable[[Any], str]], ...] = (
 
 
 def no_answer(error: BaseException) -> Answer:
-    """Say why there was no answer, without a word of an exception's own text."""
+    """Say why there was no answer; of the text of OpenSSL's errors alone, a word may follow."""
     causes = [error]
     while cause := causes[-1].__context__ or causes[-1].__cause__:
         causes.append(cause)
@@ -2028,7 +2028,7 @@ class MountTable:
         }
 
     def way(self, path: str) -> Iterator[tuple[str, Mount]]:
-        """Yield each directory of an absolute path, with each mount entered there."""
+        """Yield each directory of a path, with each mount entered there; end where it may hang."""
         here = Mount(-1, -1, "", "/", "/", "", "", ())
         for place in accumulate(filter(None, path.split("/")), os.path.join, initial="/"):
             while upper := self._by_place.get((here.mount_id, place)):
@@ -2044,7 +2044,7 @@ class MountTable:
         disks = [mount for mount in self._mounts if mount.is_local_disk]
         for mount in sorted(disks, key=lambda m: (m.path != "/", m.root != "/", len(m.path))):
             *_, (_, reached) = self.way(mount.path)
-            if reached is mount:  # it is not hidden
+            if reached is mount:  # not hidden by another one, nor behind one that may hang
                 found.setdefault(mount.device, []).append(mount)
         return list(found.values())
 
@@ -2803,7 +2803,7 @@ class ServicesSeen:
             if self._saved is None:
                 saved = self._worker.call(name, partial(read_services, self.folder))
                 self._absent = {**saved, **self._absent}
-                self._saved = {}  # it is written once in each run
+                self._saved = {}  # a service that it holds is written once in each run
             hours = {s: absent // 3600 for s, absent in self._absent.items()}
             if hours != self._saved:
                 name = "writing the list of services"

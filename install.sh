@@ -177,8 +177,8 @@ choose_python() {
         case $python in "$DEST"/*) python=$(readlink -f "$python") ;; esac
         [ -x "$python" ] || python=/usr/bin/python3
     fi
-    python=$(command -v "$python") || die "there is no $python: apt-get install python3, or --python FILE"
-    python=$(realpath -s "$python")
+    command -v "$python" >/dev/null || die "there is no $python: apt-get install python3, or --python FILE"
+    python=$(realpath -s "$(command -v "$python")")
     case $python in *[[:space:]]*) die "--python: the path must not contain a blank" 2 ;; esac
     "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' ||
         die "$("$python" -V 2>&1) is too old: the agent needs Python 3.10 or later (--python FILE)"

@@ -367,16 +367,15 @@ class Collector:
             **{name: part for name, part in parts.items() if part},
             "role": self._seen.role() if role == "auto" else role, "seen": self._seen.services(),
         }
-        own_memory = self._try("rss_bytes", lambda: {"rss_bytes": own_rss_bytes()})
-        self._log_readable()
         body["agent"] = {
             "version": VERSION,
-            **own_memory,
+            **self._try("rss_bytes", lambda: {"rss_bytes": own_rss_bytes()}),
             "cpu_seconds": round(time.process_time(), 3),
             "collect_ms": round(1000 * (self._clock() - started), 1),
             "collect_errors": self.collect_errors,
             **self._agent_figures(),
         }
+        self._log_readable()
         return Sample(int(taken * 1000), pack(body))
 
     def _read_files(self) -> dict[str, Callable[[], dict[str, Any]]]:
@@ -571,8 +570,8 @@ class Buffer:
                 else:
                     state.remove(seq)
             except OSError as error:
-                problem = f"cannot write undelivered samples to disk: {_reason(error)}"
-                self._disk_problems.begin("disk", problem)
+                problem = "cannot write undelivered samples to disk"
+                self._disk_problems.begin("disk", problem, _reason(error))
                 if sample:
                     break  # the next write would fail too; the next removal may not
             else:
@@ -709,8 +708,8 @@ class Sender:
             self._buffer.settle(sample, "delivered")
             if is_heartbeat:
                 self._plan = self._buffer.oldest(DRAIN_PER_SUCCESS, postponed=self._tries)
-                self._report_recovery()
                 self._heartbeats = Tries()
+                self._report_recovery()
                 self._register_anew(neutral)
                 self._post_zonemta(neutral)
             return
@@ -748,10 +747,9 @@ class Sender:
 
     def _count_strike(self, sample: Sample) -> int:
         """Count a rejection, if another sample was delivered since the last; return the strikes."""
-        strikes = self._tries.setdefault(sample.seq, Tries()).strikes
         if delivered := self._buffer.counters().delivered:
-            strikes.add(delivered)
-        return len(strikes)
+            self._tries.setdefault(sample.seq, Tries()).strikes.add(delivered)
+        return len(self._tries.get(sample.seq, Tries()).strikes)
 
     # - registration
 
@@ -775,14 +773,16 @@ class Sender:
         """Tell a dashboard that takes samples what is new about this node."""
         is_new = self._registered != self._registration(neutral, self._transport.local_ip or "")
         if is_new and self._clock() >= self._register_after:
+            last = self._last
             self._register(neutral)
+            self._last = last  # the status line tells of samples
 
     def _register(self, neutral: Neutral) -> Verdict:
-        """Register the node as it was in that sample."""
+        """Register the node as it was in that sample; at first with the address of the route."""
         self._own_id = self._own_id or host_name()
         if not self._own_id:
             return Verdict(Outcome.KEPT, problem="the host name is not set yet (or set NODE_ID)")
-        ip = self._transport.local_ip or self._transport.route_ip()
+        ip = (self._node_id and self._transport.local_ip) or self._transport.route_ip()
         request = self._registration(neutral, ip)
         verdict, quiet_until = self._exchange(request, judge_registration)
         if verdict.outcome is Outcome.DELIVERED:
@@ -848,8 +848,7 @@ class Sender:
 
     def _note_clock(self, answer: Answer) -> None:
         """Compare the clocks: a sample with a wrong time does not show on the dashboard."""
-        date = http_date(answer.date)
-        if date is None:
+        if (date := http_date(answer.date)) is None:
             return
         self.clock_offset_s = offset = round(self._now() - date - 0.5)  # Date is cut to the second
         self._clock_agrees = self._clock_agrees + 1 if abs(offset) <= CLOCK_OFFSET_LIMIT_S else 0
@@ -990,6 +989,8 @@ class Worker:
             for name, result in results.items():
                 self._note_return(name, result)
             return results
+        except RuntimeError:  # the machine can start no thread
+            return {}
         finally:
             self._lock.release()
 
@@ -1013,9 +1014,9 @@ class Worker:
     def _start(self, calls: Mapping[str, Callable[[], Any]]) -> Batch:
         if self._inbox is None:
             inbox: queue.SimpleQueue[Batch | None] = queue.SimpleQueue()
-            self._inbox = inbox
-            weakref.finalize(self, inbox.put, None)  # the thread ends with its Worker
             threading.Thread(target=self._work, args=(inbox,), name="worker", daemon=True).start()
+            weakref.finalize(self, inbox.put, None)  # the thread ends with its Worker
+            self._inbox = inbox
         batch = Batch(calls)
         self._inbox.put(batch)
         return batch
@@ -2809,7 +2810,7 @@ class ServicesSeen:
                 name = "writing the list of services"
                 self._worker.call(name, partial(write_services, self.folder, dict(self._absent)))
                 self._saved = hours
-            self._problems.end("services", "the list of services can be read and written again")
+                self._problems.end("services", "the list of services can be read and written again")
         except TimeoutError:
             pass  # the worker logs what hangs
         except READ_ERRORS as error:
@@ -3176,8 +3177,7 @@ def is_loopback(url: str) -> bool:
 
 # --- logging -----------------------------------------------------------------------------
 
-# sd-daemon(3)
-JOURNAL_PRIORITY = {"DEBUG": 7, "INFO": 6, "WARNING": 4, "ERROR": 3, "CRITICAL": 2}
+JOURNAL_PRIORITY = {"DEBUG": 7, "INFO": 6, "WARNING": 4, "ERROR": 3, "CRITICAL": 2}  # sd-daemon(3)
 
 
 class LogFormatter(logging.Formatter):

@@ -380,6 +380,23 @@ def test_a_full_disk_costs_the_mirror_only(
     ]
 
 
+def test_a_disk_that_becomes_read_only_is_said_once(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Whatever the number of files that cannot be removed, each with its own path."""
+    site = Node(folder)
+    site.answer = lambda request: NO_ANSWER
+    site.beat(30)
+    for name in ("write", "remove"):
+        monkeypatch.setattr(State, name, lambda state, what, name=name: (_ for _ in ()).throw(
+            OSError(errno.EROFS, os.strerror(errno.EROFS), f"{folder}/{name} {what}")))
+    site.answer = lambda request: OK
+    site.beat(5)
+    assert site.counters.waiting == 0
+    [line] = [line for line in said(caplog) if "disk" in line]
+    assert line.startswith("cannot write undelivered samples to disk: Read-only file system")
+
+
 def test_a_file_that_could_not_be_removed_is_removed_later(folder: Path) -> None:
     site = Node(folder)
     site.answer = lambda request: NO_ANSWER

@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 from conftest import eventually
@@ -57,6 +58,18 @@ def test_one_thread_serves_all_runs_while_nothing_hangs() -> None:
     for value in range(50):
         assert worker.run({"a": quick(value), "b": quick(-value)}) == {"a": value, "b": -value}
     assert len(set(workers()) - before) == 1
+
+
+def test_a_machine_without_a_thread_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is called, nothing hangs, and the worker works when there is one again."""
+    worker = agent.Worker(5.0, agent.Problems())
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", Mock(side_effect=RuntimeError("no new thread")))
+        for _ in range(3):
+            assert worker.run({"a": quick(1)}) == {} and not worker.hanging
+        with pytest.raises(TimeoutError):
+            worker.call("a", quick(1))
+    assert worker.run({"a": quick(1)}) == {"a": 1}
 
 
 def test_the_thread_ends_with_its_worker() -> None:

@@ -50,10 +50,7 @@ This file, from the top:
     what runs here              the services seen on this node, its role and ports
     ZoneMTA's own figures       its queue, from its HTTP API
     settings                    the table of settings, the env file
-    logging                     lines for a terminal or the journal
-    command line                --once, --check, main()
-
-Exit codes: 0 done, 1 failed, 2 wrong usage, 75 the dashboard cannot be reached now, 78 settings.
+    log and command line        lines for a terminal or the journal; --once, --check, main()
 """
 
 from __future__ import annotations
@@ -2492,6 +2489,11 @@ NOT_SERVING = frozenset(
 )
 
 
+def classify(comm: str, cmdline: bytes, *, cgroup: str = "", state: str = "S") -> str | None:
+    """Return the service of a process, None for none; a zombie is judged without its cmdline."""
+    return identify(comm, b"" if state == "Z" else cmdline, cgroup)[0] or None
+
+
 def identify(comm: str, cmdline: bytes, cgroup: str = "") -> Identity:
     """Return the service of a process, NOBODY for none; by comm alone if cmdline is empty."""
     raw = cmdline.decode("utf-8", "replace")
@@ -3175,7 +3177,7 @@ def is_loopback(url: str) -> bool:
     return bool(re.fullmatch(r"localhost|127(\.[0-9]+){3}|::1", host))
 
 
-# --- logging -----------------------------------------------------------------------------
+# --- log and command line ----------------------------------------------------------------
 
 JOURNAL_PRIORITY = {"DEBUG": 7, "INFO": 6, "WARNING": 4, "ERROR": 3, "CRITICAL": 2}  # sd-daemon(3)
 
@@ -3206,9 +3208,6 @@ def set_up_logging(level: str, key: str, environ: Mapping[str, str]) -> None:
     log.handlers[:] = [handler]
     logging.raiseExceptions = False  # an agent that cannot write its log goes on
     log.setLevel(level.upper())
-
-
-# --- command line ------------------------------------------------------------------------
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -54,8 +54,7 @@ TESTS = {
     "what runs here": "collector",
     "ZoneMTA's own figures": "zonemta",
     "settings": "settings write_settings docs",
-    "logging": "settings agent",
-    "command line": "settings dialects trouble docs",
+    "log and command line": "settings agent dialects trouble docs",
 }
 
 

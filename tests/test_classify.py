@@ -13,15 +13,13 @@ import tinomail_agent as agent
 CAPTURED: list[dict[str, Any]] = json.loads((ROOT / "tests/data/processes.json").read_text())
 
 
-def classify(comm: str, cmdline: bytes, cgroup: str = "") -> str | None:
-    service, _ = agent.identify(comm, cmdline, cgroup)
-    return service or None
-
-
 @pytest.mark.parametrize("row", CAPTURED, ids=lambda row: f"{row['source']}:{row['comm']}")
 def test_captured_processes(row: dict[str, Any]) -> None:
     """All are told apart by what every user can read; what only cwd tells may be told, too."""
-    service = classify(row["comm"], row["cmdline"].encode(), "\n".join(row["cgroup"] or []))
+    service = agent.classify(
+        row["comm"], row["cmdline"].encode(), cgroup="\n".join(row["cgroup"] or []),
+        state=row["state"],
+    )
     assert service in (row["expect"], row.get("truth", row["expect"]))
 
 
@@ -65,7 +63,7 @@ def test_the_command_line_of_what_may_be_a_service_is_read(row: dict[str, Any]) 
     ],
 )
 def test_services(comm: str, cmdline: bytes, service: str) -> None:
-    assert classify(comm, cmdline) == service
+    assert agent.classify(comm, cmdline) == service
 
 
 @pytest.mark.parametrize(
@@ -108,12 +106,12 @@ def test_services(comm: str, cmdline: bytes, service: str) -> None:
     ],
 )
 def test_look_alikes(comm: str, cmdline: bytes) -> None:
-    assert classify(comm, cmdline) is None
+    assert agent.classify(comm, cmdline) is None
 
 
 def test_a_zombie_is_known_by_its_comm() -> None:
-    assert classify("wildduck", b"") == "wildduck"
-    assert classify("rspamd", b"") == "rspamd"
+    assert agent.classify("wildduck", b"", state="Z") == "wildduck"
+    assert agent.classify("rspamd", b"", state="Z") == "rspamd"
 
 
 @pytest.mark.parametrize(
@@ -137,7 +135,7 @@ def test_a_zombie_is_known_by_its_comm() -> None:
 def test_the_unit_tells_when_nothing_else_does(
     comm: str, cmdline: bytes, cgroup: str, service: str | None
 ) -> None:
-    assert classify(comm, cmdline, cgroup) == service
+    assert agent.classify(comm, cmdline, cgroup=cgroup) == service
 
 
 @pytest.mark.parametrize(
@@ -156,7 +154,7 @@ def test_the_unit_tells_when_nothing_else_does(
 )
 def test_not_everything_in_a_unit_is_the_service(comm: str, cmdline: bytes) -> None:
     cgroup = "0::/system.slice/haraka.service"
-    assert classify(comm, cmdline, cgroup) is None
+    assert agent.classify(comm, cmdline, cgroup=cgroup) is None
 
 
 @pytest.mark.parametrize(
@@ -170,17 +168,17 @@ def test_not_everything_in_a_unit_is_the_service(comm: str, cmdline: bytes) -> N
 )
 def test_a_script_of_the_same_name(comm: str, cmdline: bytes) -> None:
     """Whatever the interpreter: it is the first argument then."""
-    assert classify(comm, cmdline) is None
+    assert agent.classify(comm, cmdline) is None
 
 
 def test_a_daemon_in_the_unit_of_another_one() -> None:
     """Its own title or script goes before the unit."""
     cgroup = "0::/system.slice/haraka.service"
-    assert classify("wildduck", b"wildduck\0\0", cgroup) == "wildduck"
+    assert agent.classify("wildduck", b"wildduck\0\0", cgroup=cgroup) == "wildduck"
     script = b"node\0/opt/zone-mta/app.js\0"
-    assert classify("node", script, cgroup) == "zonemta"
+    assert agent.classify("node", script, cgroup=cgroup) == "zonemta"
 
 
 def test_any_bytes_are_classified() -> None:
     for cmdline in (b"\xff\xfe\0\xff", b"\0\0\0", b"a" * 5000, "müller\0".encode()):
-        assert classify("node", cmdline) is None
+        assert agent.classify("node", cmdline) is None

@@ -164,6 +164,7 @@ def test_not_everything_in_a_unit_is_the_service(comm: str, cmdline: bytes) -> N
         ("redis-server", b"python3\0/opt/redis-server\0"),
         ("mongod", b"/usr/bin/perl\0/opt/mongod\0"),
         ("rspamd", b"/opt/tool/bin/runner\0-u\0/usr/local/bin/rspamd\0--x\0"),
+        ("redis-server-7.", b"python3\0/opt/redis-server-7.0.11\0"),  # a comm has 15 bytes
     ],
 )
 def test_a_script_of_the_same_name(comm: str, cmdline: bytes) -> None:

@@ -323,6 +323,20 @@ def test_other_answers_are_no_sign(api: str, answer: Answer) -> None:
     assert "DASHBOARD_API" not in str(verdict)
 
 
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        ('{"error": "no such field"}', "no such field"),
+        ('{"error": ["x"], "message": "later"}', "later"),
+        ('{"error": "", "message": "later"}', "later"),
+        ('{"error": {"code": "22003"}}', "22003"),
+        ('{"error": {"code": 5}}', ""),
+    ],
+)
+def test_what_an_answer_says_of_itself(body: str, words: str) -> None:
+    assert agent.judge(Answer(422, body=body.encode()), KEY).detail == words
+
+
 def run_check(
     server: Dashboard, api: str, **settings: str
 ) -> subprocess.CompletedProcess[str]:

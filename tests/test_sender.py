@@ -69,6 +69,7 @@ class Site:
         self.nodes: list[dict[str, Any]] = []
         self.ids: list[str] = []
         self.duration_s = 0.0
+        self.within_s = math.inf  # what was left for the last post
         self.seq = 0
         self.role = "haraka"
         self.parts: dict[str, Any] = {}  # of the next samples
@@ -83,6 +84,7 @@ class Site:
 
     def post(self, request: agent.Request, within_s: float = math.inf) -> Answer:
         self.clock.advance(self.duration_s)
+        self.within_s = within_s
         if request.path.endswith("/nodes"):
             self.nodes.append(json_of(request))
             return self.registration()
@@ -784,6 +786,16 @@ def test_zonemtas_figures_go_out_after_the_newest_sample_alone(api: str) -> None
     assert site.queues == ([] if api == "v1" else ["t6", "t7"])  # not those that waited
 
 
+def test_zonemtas_figures_have_no_more_time_than_is_left_before_the_stop() -> None:
+    site = Site("tinomail-monitor")
+    site.parts = QUEUE
+    site.beat()
+    assert (len(site.queues), site.within_s) == (1, agent.ZONEMTA_POST_S)
+    site.sender.stop_by = site.clock.monotonic() + 3.0
+    site.beat()
+    assert (len(site.queues), site.within_s) == (2, 3.0)
+
+
 @pytest.mark.parametrize(
     "answer", [Answer(500, body=b"{}"), NO_ANSWER, Answer(401), Answer(404, body=b"{}"),
                Answer(429, retry_after="60"), Answer(422, body=b"{}")], ids=str,
@@ -901,14 +913,16 @@ def test_the_end_delivers_the_last_sample_and_some_of_the_oldest(site: Site) -> 
     assert site.delivered == stamps(1, 16, *range(2, 12))
 
 
-def test_after_the_close_the_newest_is_tried_once_more_and_the_oldest_follow(site: Site) -> None:
-    site.beat()
+@pytest.mark.parametrize("count", [1, 5])
+def test_after_the_close_the_newest_is_tried_once_more_and_the_oldest_follow(
+    count: int, site: Site
+) -> None:
     site.answer = lambda request: Answer(401)
-    site.beat(4)
+    site.beat(count)
     site.answer = lambda request: OK
     site.buffer.close()
     site.sender.run()
-    assert site.delivered == stamps(1, 5, 2, 3, 4)
+    assert site.delivered == stamps(count, *range(1, count))
 
 
 def test_the_end_comes_with_the_first_failure(site: Site) -> None:

@@ -486,7 +486,8 @@ def test_what_is_seldom_meant_is_a_warning() -> None:
     assert [warning.split(":")[0] for warning in config.warnings] == [
         "NODE_ID", "HEARTBEAT_INTERVAL",
     ]
-    assert make_config().warnings == ()
+    assert make_config(heartbeat_interval=45_001).warnings != ()
+    assert make_config(heartbeat_interval=45_000).warnings == make_config().warnings == ()
 
 
 @pytest.mark.parametrize("name", ["", "localhost", "localhost.localdomain", "(none)"])

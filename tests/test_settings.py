@@ -497,9 +497,9 @@ def test_a_host_name_that_is_not_set_yet_is_no_error(
     monkeypatch.setattr(socket, "gethostname", lambda: name)
     config = make_config(node_id="")
     assert config.node_id == ""
-    assert config.warnings == (
-        "NODE_ID: the host name is not set yet; set the host name or NODE_ID",
-    )
+    words = "the host name is not set yet; set the host name or NODE_ID"
+    assert config.warnings == (f"NODE_ID: {words}",)
+    assert agent.try_dashboard(config, agent.Sample(1, b"")) == (1, f"FAILED: {words}")
 
 
 def test_the_services_own_settings_are_not_needed_for_a_sample(

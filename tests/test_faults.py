@@ -373,6 +373,8 @@ def stopped_for_60_s(scene: Scene) -> None:
 
 def killed_in_an_outage(scene: Scene) -> None:
     scene.server.fault = "refuse"
+    with scene.agent():  # until a sample waits on disk; from then on each is saved when it is taken
+        eventually(scene.taken, LIMIT_S)
     scene.many_lives(seed=11)
     scene.server.fault = "off"
     with scene.agent():

@@ -18,7 +18,7 @@ cannot be read is omitted and counted, never sent as 0.
 A sample leaves the buffer when the dashboard confirms it; until then it is tried again. It is
 written to STATE_DIRECTORY when an attempt failed, when it has waited for a second, and at once
 if older samples still wait. A sample is lost when
-    it is the oldest one in a full ring: counted as dropped
+    the ring is full, it is the oldest in it, and a new one comes: counted as dropped
     the dashboard rejects it five times, and accepts others in between: counted as refused
     its file is damaged: logged
     the agent is killed before it has a file, or stops while none can be written
@@ -28,8 +28,8 @@ To add a metric:   a reader in Collector.readers, which is enough for v1; MONITO
                    for tinomail-monitor. A new column of disks or processes: LATER_COLUMNS
        a service:  SERVICES and the tables below it; MONITOR_PROCESSES, MONITOR_ROLES
        a setting:  a field of Config
-       a rule for an answer's status: a row of RULES; the first row that fits counts. For one
-                   dialect only: a row of its hints
+       an answer:  (what its status leads to) a row of RULES; the first row that fits counts.
+                   For one dialect only: a row of its hints
 
 This file, from the top:
 
@@ -3174,7 +3174,7 @@ def _check_values(values: Mapping[str, Any]) -> tuple[list[str], list[str]]:
 def is_loopback(url: str) -> bool:
     """Tell whether a URL leads to this machine."""
     host = urlsplit(url).hostname or ""
-    return bool(re.fullmatch(r"localhost|127(\.[0-9]+){3}|::1", host))
+    return bool(re.fullmatch(r"localhost|127(\.(25[0-5]|2[0-4]\d|1?\d?\d)){3}|::1", host))
 
 
 # --- log and command line ----------------------------------------------------------------

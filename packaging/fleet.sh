@@ -72,7 +72,7 @@ ask() {
     field() { sed -n "s/^$1//p" <<<"$answer"; }
     version=$(field 'tinomail-agent ') state=$(field ActiveState=)
     since=$(field StateChangeTimestamp=) status=$(field StatusText=)
-    [ "$state" = active ] || status=  # of before
+    [ "$state" = active ] || status=  # it tells of a run that has ended
     say "${version:-not installed}, $state${since:+ since $since}${status:+, $status}"
     [[ $state == active && $status == ok:* ]]
 }

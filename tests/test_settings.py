@@ -75,6 +75,7 @@ def test_defaults_and_examples_are_good(setting: agent.Setting, tmp_path: Path) 
         ("DASHBOARD_URL", "https://müller.example", "outside ASCII"),
         ("DASHBOARD_URL", "http://monitor.example.com", "ALLOW_HTTP=true"),
         ("DASHBOARD_URL", "http://127.0.0.1.example.com", "ALLOW_HTTP=true"),
+        ("DASHBOARD_URL", "http://127.0.0.999", "ALLOW_HTTP=true"),  # a name, for a resolver
         ("API_KEY", "two words", "without blanks"),
         ("API_KEY", "a\nb", "without blanks"),
         ("API_KEY", "schlüssel", "visible ASCII"),

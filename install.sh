@@ -99,7 +99,7 @@ check_machine() {
     [ -z "$ca_file" ] || ca_file=$(realpath -sm "$ca_file")
     case $python in */*) python=$(realpath -sm "$python") ;; esac
     cd /
-    [ "$(id -u)" = 0 ] || die "must be run as root: sudo $0 ..."
+    [ "$(id -u)" = 0 ] || die "must be run as root: sudo $0"
     [ -d /run/systemd/system ] || die "this machine does not run systemd; the agent needs it"
     # Two runs at once would mix their files.
     exec 9>/run/tinomail-agent.install.lock
